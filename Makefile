@@ -1,0 +1,32 @@
+# Every target sets up .venv first if it is missing or older than its constraints.
+PYTHON ?= python3
+# One process; `accelerate launch` warns about each of these that is not said. Override for more: make pretrain LAUNCH=...
+LAUNCH ?= --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: pretrain test lint format clean
+
+pretrain: $(READY)  ## train the quickstart model on this machine
+	$(BIN)/accelerate launch $(LAUNCH) scripts/pretrain.py scripts/recipes/quickstart.yaml $(ARGS)
+
+test: $(READY)  ## the whole suite, offline, on a CPU
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(READY): constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python >= 3.11 is needed; say which with: make PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $(READY)
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache

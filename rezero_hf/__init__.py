@@ -1,0 +1,38 @@
+"""ReZero for Hugging Face: networks whose every residual branch starts switched off, `x + alpha * F(x)` with alpha = 0.
+
+Importing it registers `ReZeroConfig` and its models with Transformers' Auto classes. Everything that trains is imported when it
+is first used, so that loading a model costs no more than Transformers itself.
+"""
+
+import importlib
+
+from .models.configuration_rezero import ReZeroConfig
+from .models.modeling_rezero import ReZeroForCausalLM, ReZeroModel
+from .models.residual import RESIDUAL_FORMS
+
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "ReZeroTrainer": "training",
+    "ReZeroTrainingArguments": "arguments",
+    "byte_tokenizer": "tokenization",
+    "export_folder": "checkpoints",
+    "gates": "optim",
+    "load_recipe": "recipe",
+    "make_optimizer": "optim",
+    "parameter_groups": "optim",
+    "verify_folder": "checkpoints",
+}
+
+__all__ = ["RESIDUAL_FORMS", "ReZeroConfig", "ReZeroForCausalLM", "ReZeroModel", *_LAZY]  # noqa: PLE0604
+
+
+def __getattr__(name: str):
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,63 @@
+"""What a run records and shows while it trains: `metrics.jsonl`, the gates, and a progress bar in bits per byte."""
+
+import json
+from pathlib import Path
+
+from torch import nn
+from transformers import ProgressCallback, TrainerCallback
+
+from .optim import gates
+
+
+def gate_values(model: nn.Module) -> dict[str, list[float]]:
+    """Every gate's value: parameter name -> list, one number or one per branch. Every rank must call it under FSDP."""
+    values = {}
+    for name, alpha in gates(model).items():
+        alpha = alpha.full_tensor() if hasattr(alpha, "full_tensor") else alpha
+        values[name] = alpha.detach().float().cpu().tolist()
+    return values
+
+
+class MetricsLog(TrainerCallback):
+    """Appends every log and evaluation to `metrics.jsonl`, one JSON object a line, with every alpha at each evaluation.
+
+    Args:
+        path: the file. Rows of an earlier run are kept: the caller decides whether this is a new run.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs and "loss" in logs:
+            self._append(state, {"event": "train", "step": state.global_step, **logs})
+
+    def on_evaluate(self, args, state, control, metrics=None, model=None, **kwargs):
+        alpha = gate_values(model)
+        names = ("loss", "bits_per_byte", "tokens", "bytes")
+        measured = {name: metrics[f"eval_{name}"] for name in names if f"eval_{name}" in metrics}
+        row = {"event": "eval", "step": state.global_step, "split": "validation", **measured, "alpha": alpha}
+        self._append(state, row)
+
+    def _append(self, state, row: dict) -> None:
+        if state.is_world_process_zero:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+class BitsPerByteProgress(ProgressCallback):
+    """The usual progress bar, with loss, bits per byte and tokens/s beside it instead of a dictionary every few steps."""
+
+    SHOWN = {"loss": "loss {:.3f}", "bits_per_byte": "{:.3f} bits/byte", "tokens_per_second": "{:,.0f} tokens/s"}
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and self.training_bar is not None and logs and "loss" in logs:
+            shown = [text.format(logs[name]) for name, text in self.SHOWN.items() if name in logs]
+            self.training_bar.set_postfix_str(", ".join(shown))
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        super().on_evaluate(args, state, control, **kwargs)
+        if state.is_world_process_zero and self.training_bar is not None and "eval_bits_per_byte" in metrics:
+            measured = f"{metrics['eval_bits_per_byte']:.3f} bits per byte on validation"
+            self.training_bar.write(f"step {state.global_step}: {measured}")

@@ -1,0 +1,365 @@
+"""Corpora to tokens, tokens to packed shards, shards to blocks in an order that is a function of (seed, index).
+
+`prepare` tokenizes every source once into flat files of token ids and opens them as memory maps from then on. The
+shards of a recipe live in one folder whose name is a fingerprint of the text, the tokenizer and the format, so a
+changed corpus can never be mistaken for the old one. The folder appears by one rename when everything in it is on
+disk.
+
+Training reads blocks by number. Which block the i-th one is follows from the seed by arithmetic alone, so a resumed
+run, a run on more machines and an uninterrupted one see the same text in the same order.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from .corpora import open_corpus
+from .shards import INDEX_NAME, TokenStream, write_shards
+from .sources import SPLITS, DataError, Source
+from .tokenization import tokenizer_fingerprint
+
+__all__ = ["DataConfig", "DataError", "EvalBlocks", "PreparedData", "Source", "TrainBlocks", "prepare"]
+
+# Part of the fingerprint: raise it when the same sources and tokenizer would give other shards.
+FORMAT_VERSION = 1
+IGNORE_INDEX = -100
+# A mixture repeats after this many blocks, so weights are kept to a thousandth.
+MIXTURE_PERIOD = 1000
+
+
+@dataclass
+class DataConfig:
+    """What to train on.
+
+    Args:
+        sources: text, mixed by weight. Default: the embedded corpus `python-stdlib`. Each is split on its own; two
+            sources are not compared, so do not name the same text in two of them.
+        tokenizer: `"bytes"`, a folder or a Hub id. Default: bytes, which need no training and lose nothing.
+        block_size: tokens that the model sees at once. Default 256, about eight lines of code as bytes.
+        validation_fraction: share of the text held out for validation, for sources without such a split. Default 5 %.
+        test_fraction: the same for the final test.
+        cache_dir: where prepared shards live. Default: `~/.cache/rezero_hf`.
+    """
+
+    sources: list[Source] = field(default_factory=lambda: [Source()])
+    tokenizer: str = "bytes"
+    block_size: int = 256
+    validation_fraction: float = 0.05
+    test_fraction: float = 0.05
+    cache_dir: str | None = None
+
+    def check(self) -> None:
+        """Raise a `DataError` for values that make no sense, whatever the text is."""
+        if not self.sources:
+            raise DataError("data.sources is empty: name at least one, for example python-stdlib")
+        for number, source in enumerate(self.sources):
+            source.check(f"data.sources[{number}]")
+        if self.block_size < 1:
+            raise DataError(f"data.block_size is {self.block_size}: it must be at least 1")
+        for name in ("validation_fraction", "test_fraction"):
+            if not 0 <= getattr(self, name) < 1:
+                raise DataError(f"data.{name} is {getattr(self, name)}: it must be at least 0 and below 1")
+        if self.validation_fraction + self.test_fraction >= 1:
+            raise DataError("data.validation_fraction and data.test_fraction leave nothing to train on: lower them")
+
+
+def prepare(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, progress: bool = True) -> "PreparedData":
+    """Packed shards for a recipe: written now if they are missing, otherwise only opened.
+
+    Safe to interrupt at any point and to run from several processes at once; the second one waits for the first.
+
+    Args:
+        config: the recipe's data section.
+        tokenizer: what `config.tokenizer` names, loaded.
+        progress: show a progress bar while tokenizing.
+
+    Raises:
+        DataError: a value, path, text or tokenizer that cannot be used.
+    """
+    config.check()
+    if not tokenizer.is_fast:
+        raise DataError(f"tokenizer {config.tokenizer!r} has no fast backend: convert it to a tokenizer.json first")
+    if tokenizer.eos_token_id is None:
+        raise DataError(f"tokenizer {config.tokenizer!r} has no eos_token to put between documents: give it one")
+    cache = Path(config.cache_dir or "~/.cache/rezero_hf").expanduser()
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        corpora = [open_corpus(s, config.validation_fraction, config.test_fraction, cache) for s in config.sources]
+        inputs = {
+            "format": FORMAT_VERSION,
+            "tokenizer": tokenizer_fingerprint(tokenizer),
+            "sources": [corpus.identity() for corpus in corpora],
+        }
+        fingerprint = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:32]
+        folder = cache / fingerprint
+        if not (folder / INDEX_NAME).is_file():
+            with FileLock(cache / f"{fingerprint}.lock"):
+                if not (folder / INDEX_NAME).is_file():
+                    write_shards(folder, corpora, tokenizer, inputs, progress)
+    except OSError as error:
+        raise DataError(
+            f"cannot prepare data under {cache} ({error}): if it is about room or rights, set data.cache_dir"
+        ) from error
+    prepared = PreparedData(folder, config, [corpus.label for corpus in corpora])
+    for number, source in enumerate(config.sources):
+        tokens = len(prepared.stream("train", number))
+        if tokens < config.block_size:
+            raise DataError(
+                f"{source.source!r} gives {tokens} training tokens, less than one block of {config.block_size}: "
+                "add text or lower data.block_size"
+            )
+    return prepared
+
+
+class PreparedData:
+    """Prepared shards on disk, opened. Made by `prepare`.
+
+    Attributes:
+        config: the `DataConfig` it was prepared for.
+        index: what `index.json` says: every split's documents, tokens, bytes and shards.
+        separator: id between documents.
+        pad: id that fills the last, shorter evaluation block.
+
+    Raises:
+        DataError: a shard is missing or has another size than recorded.
+    """
+
+    def __init__(self, folder: Path, config: DataConfig, labels: list[str]) -> None:
+        self.folder, self.config, self._labels = folder, config, labels
+        try:
+            self.index = json.loads((folder / INDEX_NAME).read_text())
+            self.separator, self.pad = self.index["tokenizer"]["separator"], self.index["tokenizer"]["pad"]
+        except (ValueError, KeyError):
+            raise DataError(f"{folder / INDEX_NAME} is damaged: {self._way_out}") from None
+        for shard in self._shards():
+            path = folder / shard["file"]
+            size = path.stat().st_size if path.is_file() else None
+            if size != shard["bytes"]:
+                found = "is missing" if size is None else f"has {size} bytes instead of {shard['bytes']}"
+                raise DataError(f"shard {path} {found}: {self._way_out}")
+
+    @property
+    def _way_out(self) -> str:
+        return f"delete {self.folder} and prepare again"
+
+    def _shards(self) -> Iterator[dict[str, Any]]:
+        for source in self.index["sources"]:
+            for split in source["splits"].values():
+                yield from split["shards"]
+
+    def verify(self) -> None:
+        """Read every shard and compare its sha256 with the recorded one.
+
+        Raises:
+            DataError: one differs.
+        """
+        for shard in self._shards():
+            path = self.folder / shard["file"]
+            with path.open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != shard["sha256"]:
+                    raise DataError(f"shard {path} does not have the recorded sha256: {self._way_out}")
+
+    def check_vocab(self, vocab_size: int) -> None:
+        """Raise a `DataError` if a model with `vocab_size` ids cannot take every id of this data."""
+        highest = max(
+            [split["max_id"] for source in self.index["sources"] for split in source["splits"].values()]
+            + [self.separator, self.pad]
+        )
+        if highest >= vocab_size:
+            raise DataError(
+                f"model.vocab_size is {vocab_size}, but the data has token ids up to {highest} (tokenizer "
+                f"{self.config.tokenizer!r}): set vocab_size to at least {self.index['tokenizer']['size']}"
+            )
+
+    def stream(self, split: str, source: int) -> TokenStream:
+        """The tokens of one split of the source with that number."""
+        if split not in SPLITS:
+            raise DataError(f"split {split!r} does not exist: use one of {', '.join(SPLITS)}")
+        found = self.index["sources"][source]["splits"][split]
+        return TokenStream(self.folder, self.index["dtype"], found, self.separator)
+
+    def totals(self, split: str) -> dict[str, int]:
+        """Documents, tokens and bytes of text of one split, over all sources."""
+        splits = [source["splits"][split] for source in self.index["sources"]]
+        return {name: sum(found[name] for found in splits) for name in ("documents", "tokens", "bytes")}
+
+    def record(self) -> dict[str, Any]:
+        """What a run writes down about its data, as JSON: hashes, versions and sizes, no absolute paths."""
+        sources = []
+        for label, line, source in zip(self._labels, self.config.sources, self.index["sources"], strict=True):
+            splits = {
+                name: {key: split[key] for key in ("documents", "tokens", "bytes")}
+                for name, split in source["splits"].items()
+            }
+            sources.append({"source": label, "weight": line.weight, **source, "splits": splits})
+        name = self.config.tokenizer
+        return {
+            "fingerprint": self.index["fingerprint"],
+            "tokenizer": {
+                "name": Path(name).name if Path(name).is_absolute() else name,
+                "fingerprint": self.index["tokenizer"]["fingerprint"],
+                "size": self.index["tokenizer"]["size"],
+            },
+            "block_size": self.config.block_size,
+            "sources": sources,
+            "splits": {split: self.totals(split) for split in SPLITS},
+        }
+
+
+class TrainBlocks(Dataset):
+    """The training blocks of a whole run, all epochs, by global number.
+
+    Each source's text is cut into blocks of `block_size` once; every epoch over a source visits all of them in a new
+    order. A mixture gives each run of 1000 block numbers to the sources in exact proportion to their weights, spread
+    evenly. The text after a source's last whole block is not trained on.
+
+    Items are dictionaries of int64 tensors of shape (block_size,): `input_ids`; `labels`, equal to them (Transformers'
+    convention, where the model shifts); `shift_labels`, the next token at each position, including the one after
+    the block, which `labels` alone would lose.
+
+    Args:
+        prepared: the data.
+        seed: another seed, another order.
+        num_blocks: blocks in the whole run: steps x global batch size.
+    """
+
+    def __init__(self, prepared: PreparedData, seed: int, num_blocks: int) -> None:
+        self._block_size, self._seed, self._num_blocks = prepared.config.block_size, seed, num_blocks
+        weights = [source.weight for source in prepared.config.sources]
+        self._streams = [prepared.stream("train", number) for number in range(len(weights))]
+        self._pattern = mixture_pattern(weights)
+
+    def __len__(self) -> int:
+        return self._num_blocks
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        source, block = self.locate(index)
+        start = block * self._block_size
+        tokens = torch.from_numpy(self._streams[source].read(start - 1, start + self._block_size))
+        return {"input_ids": tokens[:-1], "labels": tokens[:-1].clone(), "shift_labels": tokens[1:].clone()}
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """The source and the number of its block that stand at a global block number."""
+        if not 0 <= index < self._num_blocks:
+            raise IndexError(f"block {index} of {self._num_blocks}")
+        slots, ranks, counts = self._pattern
+        period, slot = divmod(index, MIXTURE_PERIOD)
+        source = int(slots[slot])
+        blocks = len(self._streams[source]) // self._block_size
+        epoch, position = divmod(period * int(counts[source]) + int(ranks[slot]), blocks)
+        return source, permute(position, blocks, (self._seed, source, epoch))
+
+
+class EvalBlocks(Dataset):
+    """A held-out split in order, such that every token is predicted exactly once.
+
+    Block k predicts tokens k*block_size to (k+1)*block_size - 1 and sees the token before each, so the first token of
+    a source is predicted from the separator. The last block of a source is filled up with padding whose labels are
+    -100. Items are as in `TrainBlocks`; only `shift_labels` covers every token.
+
+    Args:
+        prepared: the data.
+        split: `"validation"` or `"test"` (or `"train"`, to measure overfitting).
+        max_blocks: take this many blocks, evenly spaced and always the same ones. Default: all.
+
+    Raises:
+        DataError: the split is empty.
+    """
+
+    def __init__(self, prepared: PreparedData, split: str, max_blocks: int | None = None) -> None:
+        self._block_size, self._pad = prepared.config.block_size, prepared.pad
+        self._streams = [prepared.stream(split, number) for number in range(len(prepared.config.sources))]
+        self._starts = np.cumsum([0] + [math.ceil(len(stream) / self._block_size) for stream in self._streams])
+        self._total = int(self._starts[-1])
+        if not self._total:
+            raise DataError(f"the {split} split is empty: raise data.{split}_fraction or add text")
+        if max_blocks is not None and max_blocks < 1:
+            raise DataError(f"max_blocks is {max_blocks}: at least 1, or None for all")
+        self._length = min(max_blocks or self._total, self._total)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if not 0 <= index < self._length:
+            raise IndexError(f"block {index} of {self._length}")
+        block = index * self._total // self._length
+        source = int(np.searchsorted(self._starts, block, side="right")) - 1
+        start = (block - int(self._starts[source])) * self._block_size
+        tokens = torch.from_numpy(self._streams[source].read(start - 1, start + self._block_size))
+        shape = (self._block_size,)
+        filled = len(tokens) - 1
+        item = {
+            "input_ids": torch.full(shape, self._pad),
+            "labels": torch.full(shape, IGNORE_INDEX),
+            "shift_labels": torch.full(shape, IGNORE_INDEX),
+        }
+        item["input_ids"][:filled] = item["labels"][:filled] = tokens[:-1]
+        item["shift_labels"][:filled] = tokens[1:]
+        return item
+
+
+def mixture_pattern(weights: list[float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """How sources share each run of `MIXTURE_PERIOD` blocks.
+
+    Returns:
+        The source of each slot, how many earlier slots that source has, and how many slots each source has in all.
+
+    Raises:
+        DataError: a weight is too small to get a slot.
+    """
+    exact = np.array(weights) / sum(weights) * MIXTURE_PERIOD
+    counts = np.floor(exact).astype(int)
+    # The largest remainders get the slots that rounding down left over.
+    counts[np.argsort(counts - exact, kind="stable")[: MIXTURE_PERIOD - counts.sum()]] += 1
+    if not counts.all():
+        raise DataError(f"data.sources: a weight is below 1/{MIXTURE_PERIOD} of the sum of {weights}: raise it")
+    ranks = np.concatenate([np.arange(count) for count in counts])
+    sources = np.repeat(np.arange(len(weights)), counts)
+    order = np.argsort((ranks + 0.5) / counts[sources], kind="stable")
+    return sources[order], ranks[order], counts
+
+
+def permute(index: int, size: int, key: tuple[int, ...]) -> int:
+    """Where a permutation of range(size) that `key` selects sends `index`: O(1) time and memory.
+
+    A Feistel network over the next even power of two, applied again until the result is in range (cycle walking),
+    which takes fewer than four rounds on average.
+    """
+    half = max(1, math.ceil((size - 1).bit_length() / 2))
+    mask = (1 << half) - 1
+    round_keys = _round_keys(key)
+    while True:
+        left, right = index >> half, index & mask
+        for round_key in round_keys:
+            left, right = right, left ^ (_mix(right ^ round_key) & mask)
+        index = left << half | right
+        if index < size:
+            return index
+
+
+@lru_cache(maxsize=64)
+def _round_keys(key: tuple[int, ...], rounds: int = 6) -> tuple[int, ...]:
+    state = 0
+    for part in key:
+        state = _mix(state ^ _mix(part))
+    return tuple(_mix(state + number) for number in range(1, rounds + 1))
+
+
+def _mix(value: int) -> int:
+    """splitmix64: every bit of the result depends on every bit of the value."""
+    value = (value + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+    value = ((value ^ value >> 30) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+    value = ((value ^ value >> 27) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+    return value ^ value >> 31

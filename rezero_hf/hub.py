@@ -1,0 +1,346 @@
+"""The model card: rendered from what a run recorded and from the model's own configuration, never typed.
+
+A value that was not recorded is left out, together with the sentence or table row that would have held it.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.resources import files
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import PreTrainedConfig
+
+from .figures import gate_history
+from .models.residual import RESIDUAL_FORMS
+
+USER_SECTION = (
+    "<!-- your section begins: what you write between these two lines is kept when the card is rendered again -->",
+    "<!-- your section ends -->",
+)
+REPO_PLACEHOLDER = "USER/NAME"
+
+# What is known of the corpora that have a name of their own. Everything else is described by what the run recorded.
+SOURCES = {
+    "python-stdlib": {
+        "title": "the Python standard library's source code",
+        "language": "code",
+        "licence": "Python Software Foundation License (PSF-2.0)",
+        "risk": "It writes text that looks like Python. Read it before you run it.",
+        "prompt": "def main(",
+    },
+    "enwik8": {
+        "title": "enwik8, the first 100 MB of an English Wikipedia dump of 2006",
+        "language": "en",
+        "licence": "Wikipedia text: GFDL, and CC BY-SA 3.0 since 2009",
+        "risk": "It writes wiki markup, with names of real people in invented statements.",
+        "prompt": "The history of ",
+    },
+}
+METRICS = {"loss": "loss (nats per token)", "bits_per_byte": "bits per byte"}
+FIGURES = {
+    "figures/loss.png": "Bits per byte during training",
+    "figures/gates.png": "Gates alpha during training, layer by layer",
+}
+
+
+def render_card(
+    run: Mapping[str, Any] | None,
+    config: PreTrainedConfig,
+    *,
+    metrics: Sequence[dict] | None = None,
+    recipe_text: str | None = None,
+    figures: Iterable[str] = (),
+    repo_id: str | None = None,
+    license: str = "apache-2.0",
+    previous: str | None = None,
+) -> ModelCard:
+    """Render a model card.
+
+    Args:
+        run: The run's record (`run.json`): name, data, device, times, versions, results. Whatever it lacks, the card
+            leaves out; None is a model without a record.
+        config: The model's configuration: where the description of the architecture comes from.
+        metrics: Rows of `metrics.jsonl`, for the sentence on what the gates became.
+        recipe_text: The resolved recipe, embedded as it is.
+        figures: Paths inside the folder of the pictures to show, e.g. `"figures/loss.png"`.
+        repo_id: `user/name` on the Hub, for the usage snippets. A placeholder, explained as one, when None.
+        license: Of code and weights, as a Hub licence id. The data's licence is stated beside it.
+        previous: The text of the card this one replaces; its user's section is carried over.
+
+    Raises:
+        ValueError: `previous` has no user's section, or more than one: its text would be lost.
+    """
+    run = run or {}
+    data = run.get("data") or {}
+    sources = _sources(data)
+    known = [SOURCES[source] for source in sources if source in SOURCES]
+    form = RESIDUAL_FORMS[config.residual]
+    name = run.get("name") or "ReZero language model"
+    # A Hub data set can also be a folder on disk, which the Hub could not link to.
+    hub_ids = [
+        match.group(1) for match in (re.fullmatch(r"hub:([\w-]+/[\w.-]+)", source) for source in sources) if match
+    ]
+
+    card_data = ModelCardData(
+        language=sorted({entry["language"] for entry in known}) or None,
+        license=license,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["rezero", *([] if _norms(config) else ["norm-free"])],
+        datasets=hub_ids or None,
+        model_name=name,
+        eval_results=_eval_results(run, sources) or None,
+    )
+    return ModelCard.from_template(
+        card_data,
+        template_str=files("rezero_hf").joinpath("card_template.md").read_text(encoding="utf-8"),
+        name=name,
+        depth=config.num_hidden_layers,
+        parameters=f"{run['parameters']:,}" if run.get("parameters") else None,
+        sources=_join(SOURCES.get(source, {}).get("title", f"`{source}`") for source in sources),
+        difference=_difference(config),
+        gated=form.has_gate,
+        gate_summary=_gate_summary(metrics or []),
+        architecture=_table(("part", "value"), _architecture(config)),
+        results=_results(run),
+        figures=[{"path": path, "text": FIGURES.get(path, path)} for path in figures],
+        repo_id=repo_id or REPO_PLACEHOLDER,
+        placeholder=repo_id is None,
+        prompt=_quoted(known[0]["prompt"] if known else "The "),
+        data=_table(("data", "value"), _flat(data)),
+        licences="\n".join(f"Licence of {entry['title']}: {entry['licence']}." for entry in known),
+        training=_table(("training", "value"), _training(run)),
+        recipe=_fenced(recipe_text, "yaml") if recipe_text else None,
+        risks=[entry["risk"] for entry in known],
+        licence=_licence(license, known, sources),
+        user_section=_user_section(previous),
+    )
+
+
+def user_section(card: str) -> str | None:
+    """The text a user wrote between the markers of a card, or None unless it holds exactly one such section."""
+    begin, end = USER_SECTION
+    if card.count(begin) != 1 or card.count(end) != 1 or card.index(begin) > card.index(end):
+        return None
+    return card[card.index(begin) + len(begin) : card.index(end)].strip()
+
+
+def _user_section(previous: str | None) -> str:
+    kept = user_section(previous) if previous is not None else ""
+    if kept is None:
+        raise ValueError(
+            "README.md: the card to replace does not hold exactly one user's section, so what you wrote in it would "
+            f"be lost; put the lines {USER_SECTION[0]!r} and {USER_SECTION[1]!r} around what to keep, or move it away"
+        )
+    begin, end = USER_SECTION
+    return f"{begin}\n\n{kept}\n\n{end}" if kept else f"{begin}\n\n{end}"
+
+
+def _sources(data: Mapping[str, Any]) -> list[str]:
+    """Names of the corpora in a run's data record, as recipes write them; `enwik8:PATH` is enwik8 wherever it lies."""
+    found = data.get("sources") or data.get("source") or []
+    found = [found] if isinstance(found, str | Mapping) else found
+    names = [
+        str((source.get("source") or source.get("label")) if isinstance(source, Mapping) else source)
+        for source in found
+    ]
+    return list(dict.fromkeys("enwik8" if name.startswith("enwik8:") else name for name in names))
+
+
+def _norms(config: PreTrainedConfig) -> list[str]:
+    """Where the model has norms."""
+    kind = {"layer": "LayerNorm", "rms": "RMSNorm"}[config.norm]
+    places = {
+        f"{kind} in every residual step": RESIDUAL_FORMS[config.residual].has_norm,
+        f"{kind} after the last layer": config.final_norm,
+        "RMSNorm on queries and keys": config.qk_norm,
+    }
+    return [place for place, present in places.items() if present]
+
+
+def _difference(config: PreTrainedConfig) -> str:
+    form = RESIDUAL_FORMS[config.residual]
+    # Every form's docstring opens with its equation.
+    equation = form.__doc__.strip().split("`")[1]
+    text = f"Every layer joins its branches F (attention, then feed-forward) to the stream x by `{equation}`"
+    norms = _norms(config)
+    text += f", where N is a {norms[0].split()[0]}" if form.has_norm else ""
+    text += ". "
+    if form.has_gate:
+        text += "The gate alpha is one learned number for " + (
+            "each layer, shared by its two branches" if config.gate_sharing == "layer" else "each branch of each layer"
+        )
+        text += f", and starts at {config.gate_init:g}"
+        if config.gate_init == 0:
+            text += ": before training each layer passes its input on unchanged, and training switches the layers on"
+        text += " ([ReZero is All You Need](https://arxiv.org/abs/2003.04887)). "
+    else:
+        text += "This is a baseline for [ReZero](https://arxiv.org/abs/2003.04887): it has no gates. "
+    return text + (f"Norms: {_join(norms)}." if norms else "There is no normalisation layer anywhere.")
+
+
+def _gate_summary(metrics: Sequence[dict]) -> str | None:
+    history = gate_history(metrics)
+    if history is None:
+        return None
+    steps, alpha = history
+    last = alpha[:, -1]
+    strengths = abs(last).max(axis=1)
+    if not all(map(math.isfinite, strengths)):
+        return f"At step {steps[-1]} some gates were not finite."
+    return (
+        f"At step {steps[-1]} the gates lie between {last.min():.3g} and {last.max():.3g}; "
+        f"the strongest layer is {strengths.argmax()}, the weakest {strengths.argmin()} "
+        f"(0 is nearest the input, {len(strengths) - 1} nearest the output)."
+    )
+
+
+def _architecture(config: PreTrainedConfig) -> dict[str, str]:
+    heads = f"{config.num_attention_heads} heads of {config.head_dim}"
+    if config.num_key_value_heads != config.num_attention_heads:
+        heads += f", {config.num_key_value_heads} for keys and values"
+    gated = f"{config.hidden_act}(gate) * up" if config.gated_mlp else config.hidden_act
+    dropouts = {
+        "attention": config.attention_dropout,
+        "hidden": config.hidden_dropout,
+        "embedding": config.embedding_dropout,
+    }
+    return {
+        "layers": str(config.num_hidden_layers),
+        "width": str(config.hidden_size),
+        "attention": heads,
+        "feed-forward": f"{config.intermediate_size}, {gated}",
+        "positions": {"rope": "rotary", "learned": "learned"}[config.position_embedding],
+        "context": f"{config.max_position_embeddings} tokens",
+        "vocabulary": str(config.vocab_size),
+        "output layer": "tied to the embedding" if config.tie_word_embeddings else "its own",
+        "dropout": _join(f"{place} {value:g}" for place, value in dropouts.items() if value) or "none",
+    }
+
+
+def _training(run: Mapping[str, Any]) -> dict[str, str]:
+    versions = run.get("versions") or {}
+    git = run.get("git") or {}
+    world = run.get("world_size")
+    rows = {
+        "hardware": run.get("device"),
+        "processes": str(world) if world and world > 1 else None,
+        "wall time": _duration(run.get("wall_seconds")),
+        "tokens seen": f"{run['tokens']:,}" if run.get("tokens") else None,
+        "started": run.get("started"),
+        "command": f"`{run['command']}`" if run.get("command") else None,
+        "versions": ", ".join(f"{package} {version}" for package, version in versions.items() if version),
+        "commit": f"{git['sha']}{' (with local changes)' if git.get('dirty') else ''}" if git.get("sha") else None,
+    }
+    return {label: value for label, value in rows.items() if value}
+
+
+def _splits(run: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """The measured numbers of each split, in the order the run recorded them."""
+    splits = {
+        split: {
+            metric: value
+            for metric, value in (measured or {}).items()
+            if isinstance(value, int | float) and not isinstance(value, bool)
+        }
+        for split, measured in (run.get("results") or {}).items()
+    }
+    return {split: measured for split, measured in splits.items() if measured}
+
+
+def _results(run: Mapping[str, Any]) -> str | None:
+    splits = _splits(run)
+    columns = list(dict.fromkeys(metric for measured in splits.values() for metric in measured))
+    rows = [[split, *(_number(measured.get(metric)) for metric in columns)] for split, measured in splits.items()]
+    return _table(("split", *(METRICS.get(metric, metric.replace("_", " ")) for metric in columns)), rows)
+
+
+def _eval_results(run: Mapping[str, Any], sources: list[str]) -> list[EvalResult]:
+    data_name = ", ".join(sources).replace("hub:", "") or "text"
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=data_name,
+            dataset_name=data_name,
+            dataset_split=split,
+            metric_type=metric,
+            metric_name=METRICS.get(metric, metric.replace("_", " ")),
+            metric_value=value,
+        )
+        for split, measured in _splits(run).items()
+        for metric, value in measured.items()
+        # The Hub's metadata are JSON, which has no word for them; the card's table says so instead.
+        if math.isfinite(value)
+    ]
+
+
+def _licence(license: str, known: list[dict], sources: list[str]) -> str:
+    text = f"Code and weights: {license}."
+    if known:
+        text += " The licence of the training text is stated under Data."
+    if len(known) < len(sources) or not sources:
+        text += " The licence of the training text was not recorded: check it before you build on the model."
+    return text
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4f}" if math.isfinite(value) else "not finite (diverged)"
+
+
+def _duration(seconds: float | None) -> str | None:
+    if not seconds:
+        return None
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """A nested record as rows of words and values; what is None or empty is left out."""
+    rows = {}
+    for key, value in data.items():
+        label = f"{prefix} {key}".strip().replace("_", " ")
+        if isinstance(value, Mapping):
+            rows |= _flat(value, label)
+        elif isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value):
+            for number, item in enumerate(value, start=1):
+                rows |= _flat(item if isinstance(item, Mapping) else {"": item}, f"{label} {number}")
+        elif isinstance(value, bool):
+            rows[label] = "yes" if value else "no"
+        elif isinstance(value, int):
+            rows[label] = f"{value:,}"
+        elif isinstance(value, list | tuple) and value:
+            rows[label] = ", ".join(map(str, value))
+        elif value not in (None, "", [], ()):
+            rows[label] = str(value)
+    return rows
+
+
+def _table(header: Sequence[str], rows: Mapping[str, str] | Sequence[Sequence[str]]) -> str | None:
+    """A Markdown table, or None when there is nothing in it."""
+    rows = list(rows.items()) if isinstance(rows, Mapping) else rows
+    if not rows:
+        return None
+    lines = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in (header, *rows)]
+    lines.insert(1, ["---"] * len(header))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _join(items: Iterable[str]) -> str:
+    return "; ".join(items)
+
+
+def _quoted(text: str) -> str:
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def _fenced(text: str, language: str) -> str:
+    """A code block whose fence is longer than any run of backticks inside it."""
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"

@@ -1,0 +1,144 @@
+"""Data sets of the Hugging Face Hub, or in a local folder that `load_dataset` reads, as corpora."""
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from .sources import Corpus, DataError, Piece, Source, in_pieces, memory_file, remember
+
+# In the order in which they are read: what is held out must be known before training text is handed out.
+_SPLIT_NAMES = {"test": ("test",), "validation": ("validation", "valid", "val", "dev"), "train": ("train",)}
+
+
+class HubText(Corpus):
+    """A text column of a data set, by its Hub id or in a local folder, read by `datasets.load_dataset`.
+
+    The data set's own validation and test splits are used where they exist; a missing one is taken out of its training
+    split by the sha256 of each document. A document that is also in an earlier split (test, then validation) is
+    dropped, so none is on both sides. Code from data set repositories is never run.
+    """
+
+    def __init__(self, name: str, source: Source, fractions: dict[str, float], cache_dir: Path) -> None:
+        if not name:
+            raise DataError("data.sources: 'hub:' names no data set: write hub:ORG/NAME")
+        self.label = f"hub:{Path(name).name if Path(name).is_absolute() else name}"
+        self._name, self._source, self._fractions, self._cache_dir = name, source, fractions, cache_dir
+        self._identity: dict[str, Any] = {}
+        self._notes: dict[str, Any] = {}
+
+    def identity(self) -> dict[str, Any]:
+        """Includes the commit that the revision points to now; without a network, the one it pointed to last time."""
+        if not self._identity:
+            self._identity = self._find_identity()
+        return self._identity
+
+    def _find_identity(self) -> dict[str, Any]:
+        source = self._source
+        key = {
+            "kind": "hub",
+            "name": self.label,
+            "config_name": source.config_name,
+            "text_column": source.text_column,
+            "max_documents": source.max_documents,
+            "fractions": self._fractions,
+        }
+        memory = memory_file(self._cache_dir, [self._name, source.revision, key])
+        pinned = re.fullmatch("[0-9a-f]{40}", source.revision or "")
+        if not (pinned and memory.is_file()):
+            try:
+                commit = load_dataset_builder_or_explain(
+                    self.label, self._name, source.config_name, revision=source.revision
+                ).hash
+            except DataError:
+                if Path(self._name).exists() or not memory.is_file():
+                    raise
+            else:
+                remember(memory, {**key, "version": commit})
+        return json.loads(memory.read_text())
+
+    def pieces(self) -> Iterator[Piece]:
+        source, version = self._source, self.identity()["version"]
+        on_hub = re.fullmatch("[0-9a-f]{40}", version) and not Path(self._name).exists()
+        dataset = load_dataset_or_explain(
+            self.label,
+            self._name,
+            source.config_name,
+            revision=version if on_hub else source.revision,
+            streaming=source.streaming,
+        )
+        own = {split: next((n for n in names if n in dataset), None) for split, names in _SPLIT_NAMES.items()}
+        if own["train"] is None:
+            raise DataError(f"{self.label} has no split named train, only {', '.join(dataset)}: use another data set")
+        carved = {split: share for split, share in self._fractions.items() if own[split] is None}
+        held_out: set[int] = set()
+        dropped = empty = 0
+        for split, name in own.items():
+            digests = set()
+            for text in self._texts(dataset[name], name) if name else ():
+                data = text.encode()
+                digest = int.from_bytes(hashlib.sha256(data).digest()[:8])
+                if not data:
+                    empty += 1
+                elif digest in held_out:
+                    dropped += 1
+                else:
+                    target = _carve(digest, carved) if split == "train" else split
+                    yield from (Piece(target, *rest) for rest in in_pieces(data))
+                if split != "train":
+                    digests.add(digest)
+            held_out |= digests
+        self._notes = {"empty_documents": empty, "documents_also_held_out": dropped}
+
+    def _texts(self, rows: Any, split: str) -> Iterator[str]:
+        column = self._source.text_column
+        for number, row in enumerate(itertools.islice(rows, self._source.max_documents)):
+            if column not in row:
+                raise DataError(f"{self.label} has no column {column!r}, only {', '.join(row)}: set text_column")
+            text = row[column]
+            if not isinstance(text, str):
+                raise DataError(
+                    f"{self.label}: row {number} of {split}, column {column!r}, is {type(text).__name__}, not text: "
+                    "set text_column to a column of strings"
+                )
+            yield text
+
+    def notes(self) -> dict[str, Any]:
+        return self._notes
+
+
+def _carve(digest: int, fractions: dict[str, float]) -> str:
+    """The split of a document whose hash is `digest`, out of 2^64."""
+    position = digest / 2**64
+    for split, fraction in fractions.items():
+        if position < fraction:
+            return split
+        position -= fraction
+    return "train"
+
+
+def load_dataset_or_explain(label: str, *args: Any, **kwargs: Any) -> Any:
+    from datasets import load_dataset
+
+    return _call(label, load_dataset, *args, **kwargs)
+
+
+def load_dataset_builder_or_explain(label: str, *args: Any, **kwargs: Any) -> Any:
+    from datasets import load_dataset_builder
+
+    return _call(label, load_dataset_builder, *args, **kwargs)
+
+
+def _call(label: str, load: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    try:
+        return load(*args, **kwargs)
+    # datasets, huggingface_hub and their readers raise a dozen unrelated types for what is one thing to a user.
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
+        raise DataError(
+            f"{label} cannot be read ({reason}): check its name, config_name and revision, the network, and for private
+            " "or gated data sets the token (hf auth login)"
+        ) from error

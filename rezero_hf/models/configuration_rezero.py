@@ -1,0 +1,186 @@
+"""Configuration of the ReZero decoder language model."""
+
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+
+
+@strict
+class ReZeroConfig(PreTrainedConfig):
+    """Everything that shapes a `ReZeroModel`. The default is a 12-layer, norm-free ReZero decoder over bytes.
+
+    Size:
+        vocab_size (`int`, default 320): rows of the embedding. 256 bytes and three specials, padded to a multiple of 64, the
+            tile size of matrix units.
+        hidden_size (`int`, default 512): width d of the stream.
+        intermediate_size (`int`, default 4 d, or 8/3 d rounded up to a multiple of 64 with `gated_mlp`): width of the
+            feed-forward net; both give the same number of parameters. 4 d is the paper's.
+        num_hidden_layers (`int`, default 12): layers, each attention + feed-forward. 12 is the paper's main comparison.
+        num_attention_heads (`int`, default 8), num_key_value_heads (`int`, default equal), head_dim (`int`, default
+            d / heads): fewer key-value heads than heads is grouped-query attention.
+        max_position_embeddings (`int`, default 1024): longest sequence, in tokens. Only learned positions enforce it.
+
+    Residual form (`residual.py` has the equations):
+        residual (default `"rezero"`): `rezero`, `rezero_pre_norm`, `pre_norm`, `post_norm`, `branch_norm` or `plain`.
+        gate_init (`float`, default 0): initial alpha. 0 makes every layer the identity; 1 is the paper's ablation.
+        gate_sharing (default `"layer"`): one alpha for attention and feed-forward of a layer, as in the paper (section 4
+            and the authors' code), or one for each (`"sublayer"`).
+        norm (default `"layer"`): LayerNorm (`"layer"`, the paper's baselines) or RMSNorm (`"rms"`), wherever a norm is used.
+        norm_eps (`float`, default 1e-5): added to the variance; torch's and GPT-2's value.
+        final_norm (`bool`, default False): a norm between the last layer and the head. The paper has none. GPT-2 and Llama
+            do: switch it on for a pre-norm baseline.
+        qk_norm (`bool`, default False): RMSNorm on each head's queries and keys. It hurt norm-free ReZero where we tried it.
+
+    Scale. Nothing renormalises the stream, so these set the scale of everything:
+        embedding_std (`float`, default 1): standard deviation of the token embeddings as they enter layer 0. Unit variance
+            keeps every branch's input, and with it every gate's gradient, of order one: on a 12-layer byte-level model the
+            usual port (0.02 and one rate for all) ended at 3.4 bits per byte where 1.0 reached 2.30 in the same 500 steps.
+        embedding_multiplier (`float`, default sqrt(d)): the stored embedding is drawn with `embedding_std` divided by this,
+            and multiplied by it inside `ReZeroModel`, as in the original Transformer. A tied head then starts with logits
+            of order one (sqrt(d) on the input's own token) instead of d.
+        initializer_range (`float`, default None): None draws matrices with Xavier's normal rule, which keeps variance. A
+            number draws every matrix, the stored embedding included, with that standard deviation: 0.02 together with
+            `embedding_multiplier=1` is GPT-2's start, for baselines. ReZero starves on it (gradients of alpha near 1e-5).
+
+    Inside the branches:
+        hidden_act (`str`, default `"gelu"`, the paper's), gated_mlp (`bool`, default False): `act(gate) * up` with True.
+        attention_bias, mlp_bias (`bool`, default True): biases of the projections, on as in the paper's code.
+        position_embedding (default `"rope"`): rotary, or `"learned"` absolute vectors added to the embedding, which cost
+            about 0.4 bits per byte in a norm-free net when drawn with std 1 (ours are drawn with 0.02, as GPT-2's).
+        rope_parameters (`dict`, default theta 10000): as everywhere in Transformers.
+        attention_dropout (`float`, default 0): on attention probabilities. hidden_dropout (`float`, default 0): inside the
+            feed-forward net after the activation, and on every branch's output. Those are the places of the authors'
+            layers. embedding_dropout (`float`, default 0): on the stream as it enters layer 0 (authors' notebook).
+
+    Usual words of Transformers:
+        tie_word_embeddings (`bool`, default False), use_cache (`bool`, default True), bos_token_id, eos_token_id,
+        pad_token_id (default None: training and export take them from the tokenizer).
+
+    Raises:
+        StrictDataclassFieldValidationError: a field has the wrong type or an unknown word.
+        StrictDataclassClassValidationError: fields contradict each other (the message names both).
+    """
+
+    model_type = "rezero"
+    # `save_pretrained` of the configuration alone ships its own file, so AutoConfig works where the package is absent.
+    _auto_class = "AutoConfig"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    vocab_size: int = 320
+    hidden_size: int = 512
+    intermediate_size: int | None = None
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    max_position_embeddings: int = 1024
+
+    residual: Literal["rezero", "rezero_pre_norm", "pre_norm", "post_norm", "branch_norm", "plain"] = "rezero"
+    gate_init: float | int = 0.0
+    gate_sharing: Literal["layer", "sublayer"] = "layer"
+    norm: Literal["layer", "rms"] = "layer"
+    norm_eps: float = 1e-5
+    final_norm: bool = False
+    qk_norm: bool = False
+
+    embedding_std: float | int = 1.0
+    embedding_multiplier: float | int | None = None
+    initializer_range: float | int | None = None
+
+    hidden_act: str = "gelu"
+    gated_mlp: bool = False
+    attention_bias: bool = True
+    mlp_bias: bool = True
+    position_embedding: Literal["rope", "learned"] = "rope"
+    rope_parameters: RopeParameters | dict | None = None
+    attention_dropout: float | int = 0.0
+    hidden_dropout: float | int = 0.0
+    embedding_dropout: float | int = 0.0
+
+    tie_word_embeddings: bool = False
+    use_cache: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.num_attention_heads > 0 and self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.intermediate_size is None:
+            self.intermediate_size = -(-8 * self.hidden_size // (3 * 64)) * 64 if self.gated_mlp else 4 * self.hidden_size
+        if self.embedding_multiplier is None:
+            self.embedding_multiplier = self.hidden_size**0.5
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Checks across fields; run by `@strict` when the config is made and when it is saved."""
+        for field in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                      "num_key_value_heads", "head_dim", "max_position_embeddings"):  # fmt: skip
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field}={getattr(self, field)}: must be at least 1.")
+        for field in ("attention_dropout", "hidden_dropout", "embedding_dropout"):
+            if not 0.0 <= getattr(self, field) < 1.0:
+                raise ValueError(f"{field}={getattr(self, field)}: a dropout probability must be in [0, 1).")
+        for field in ("norm_eps", "embedding_std", "embedding_multiplier"):
+            if getattr(self, field) <= 0:
+                raise ValueError(f"{field}={getattr(self, field)}: must be positive.")
+        if self.hidden_size != self.head_dim * self.num_attention_heads and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}; "
+                "change one of them or set head_dim."
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}."
+            )
+        if self.position_embedding == "rope" and self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim}: rotary positions turn pairs of features, so it must be even.")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act={self.hidden_act!r} is unknown; one of {', '.join(sorted(ACT2FN))}.")
+
+    @classmethod
+    def paper(cls, num_hidden_layers: int = 12, **kwargs) -> "ReZeroConfig":
+        """The paper's enwik8 language model (section 4.2): context 512, GELU, dropout 0.2, 2 heads.
+
+        Up to 12 layers d is 512 with a feed-forward width of 2048; deeper ones (Table 3: 64 and 128 layers) have d 256 and
+        1024. The paper does not say how it encodes positions; this keeps our default, rotary.
+
+        Args:
+            num_hidden_layers: depth.
+            kwargs: any field, over these values.
+        """
+        hidden_size = 512 if num_hidden_layers <= 12 else 256
+        sizes = {
+            "num_hidden_layers": num_hidden_layers,
+            "hidden_size": hidden_size,
+            "intermediate_size": 4 * hidden_size,
+            "num_attention_heads": 2,
+            "max_position_embeddings": 512,
+            "hidden_act": "gelu",
+            "attention_dropout": 0.2,
+            "hidden_dropout": 0.2,
+        }
+        return cls(**{**sizes, **kwargs})
+
+
+__all__ = ["ReZeroConfig"]

@@ -1,0 +1,421 @@
+"""The ReZero decoder language model (arXiv 2003.04887, section 4), as a Transformers model.
+
+`residual.py` holds the paper's equations. Departures from the paper's Transformer, each a word of `ReZeroConfig`: rotary
+positions by default; unit-variance embeddings, because no norm will repair their scale. Everything that is not plain is in
+`ReZeroModel`; the head is one linear map, because serving engines bring their own.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_rezero import ReZeroConfig
+from .portable import PortablePreTrainedModel
+from .residual import RESIDUAL_FORMS, Residual
+
+
+NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
+
+# GPT-2's scale. Drawn with std 1 like the tokens, learned positions cost about 0.4 bits per byte.
+LEARNED_POSITION_STD = 0.02
+
+
+class ReZeroRotaryEmbedding(nn.Module):
+    """Cosines and sines of rotary positions, each (batch, tokens, head_dim)."""
+
+    def __init__(self, config: ReZeroConfig):
+        super().__init__()
+        self.config = config
+        self.max_seq_len_cached = config.max_position_embeddings
+        self.original_max_seq_len = config.max_position_embeddings
+        self.rope_type = config.rope_parameters["rope_type"]
+        rope_init = ROPE_INIT_FUNCTIONS.get(self.rope_type, self.compute_default_rope_parameters)
+        inv_freq, self.attention_scaling = rope_init(config)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config: ReZeroConfig, **kwargs) -> tuple[torch.Tensor, float]:
+        """Inverse frequencies theta^(-2i / head_dim) and the scaling of cosines and sines, 1."""
+        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim
+        return 1.0 / config.rope_parameters["rope_theta"] ** exponents, 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
+        angles = torch.cat((angles, angles), dim=-1)
+        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        return cos.to(x.dtype), sin.to(x.dtype)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn each pair (x_i, x_{i + head_dim/2}) of `x` (batch, heads, tokens, head_dim) by its position's angle."""
+    # Under autocast the angles follow the fp32 stream and x is bf16: without the cast the products would be fp32, which
+    # attention throws away again at once (a tenth of a training step on a CPU).
+    cos, sin = cos.unsqueeze(1).to(x.dtype), sin.unsqueeze(1).to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """softmax(Q K^T scaling) V in plain torch: the reference the other attention backends are held to."""
+    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
+    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class ReZeroAttention(nn.Module):
+    """The attention branch F: multi-head (or grouped-query) self-attention, then dropout (authors' layer: `dropout1`)."""
+
+    def __init__(self, config: ReZeroConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        width, bias = config.hidden_size, config.attention_bias
+        self.q_proj = nn.Linear(width, config.num_attention_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, width, bias=bias)
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        input_shape = hidden_states.shape[:-1]
+        heads_shape = (*input_shape, -1, self.head_dim)
+        query = self.q_norm(self.q_proj(hidden_states).view(heads_shape)).transpose(1, 2)
+        key = self.k_norm(self.k_proj(hidden_states).view(heads_shape)).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(heads_shape).transpose(1, 2)
+
+        if position_embeddings is not None:
+            query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        output = self.o_proj(output.reshape(*input_shape, -1).contiguous())
+        return self.dropout(output), weights
+
+
+class ReZeroMLP(nn.Module):
+    """The feed-forward branch F: `down(dropout(act(up(x))))`, then dropout (authors' layer: `dropout2`)."""
+
+    def __init__(self, config: ReZeroConfig):
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.dropout(self.down_proj(self.dropout(self.act_fn(self.up_proj(hidden_states)))))
+
+
+class ReZeroGatedMLP(ReZeroMLP):
+    """The gated feed-forward branch F: `down(dropout(act(gate(x)) * up(x)))`, then dropout."""
+
+    def __init__(self, config: ReZeroConfig):
+        super().__init__(config)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        activated = self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
+        return self.dropout(self.down_proj(self.dropout(activated)))
+
+
+def residual_of(config: ReZeroConfig) -> Residual:
+    """The residual module of one layer, which joins both of its branches to the stream."""
+    return RESIDUAL_FORMS[config.residual](
+        branches=("attn", "mlp"),
+        make_norm=lambda: NORMS[config.norm](config.hidden_size, eps=config.norm_eps),
+        gate_init=config.gate_init,
+        share_gate=config.gate_sharing == "layer",
+    )
+
+
+class ReZeroDecoderLayer(GradientCheckpointingLayer):
+    """Two branches, attention and feed-forward, each joined to the stream by the layer's residual form."""
+
+    def __init__(self, config: ReZeroConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = ReZeroAttention(config, layer_idx)
+        self.mlp = ReZeroGatedMLP(config) if config.gated_mlp else ReZeroMLP(config)
+        # Named as the norm whose place it takes: every trainer exempts `_norm.` from weight decay, and so alpha. Registered
+        # last, because pipeline stages read their dtype off a layer's first parameter and alpha stays fp32.
+        self.residual_norm = residual_of(config)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        def attention(x: torch.Tensor) -> torch.Tensor:
+            return self.self_attn(
+                x,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )[0]
+
+        hidden_states = self.residual_norm(hidden_states, attention, branch="attn")
+        return self.residual_norm(hidden_states, self.mlp, branch="mlp")
+
+
+class ReZeroPreTrainedModel(PortablePreTrainedModel):
+    """Initialisation, saving and the switches Transformers reads, for every ReZero language model."""
+
+    config: ReZeroConfig
+    config_class = ReZeroConfig
+    base_model_prefix = "model"
+    auto_classes = {"AutoModel": "ReZeroModel", "AutoModelForCausalLM": "ReZeroForCausalLM"}
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ReZeroDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules_strict = ["alpha"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": ReZeroDecoderLayer, "attentions": ReZeroAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        """Draws one module's own parameters, every layer independently.
+
+        | module                | weight                                        | bias |
+        | --------------------- | --------------------------------------------- | ---- |
+        | every Linear          | N(0, 2 / (fan_in + fan_out)), Xavier          | 0    |
+        | token embedding       | N(0, (embedding_std / embedding_multiplier)^2)|      |
+        | learned positions     | N(0, 0.02^2)                                  |      |
+        | norms                 | 1 (as the library does, rotary buffers too)    | 0    |
+        | residual forms        | alpha = gate_init                             |      |
+
+        `initializer_range`, when set, is the standard deviation of all Linears and of the token embedding instead.
+        Transformers never calls this for modules of custom code that own no parameter themselves, so roles are tags on leaves.
+        """
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear):
+            init.xavier_normal_(module.weight) if std is None else init.normal_(module.weight, std=std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            if std is None:
+                std = self.config.embedding_std / self.config.embedding_multiplier
+            init.normal_(module.weight, std=getattr(module, "init_std", std))
+        elif isinstance(module, Residual):
+            if module.has_gate:
+                init.constant_(module.alpha, module.gate_init)
+        else:
+            super()._init_weights(module)
+
+
+class ReZeroModel(ReZeroPreTrainedModel):
+    """The decoder without a head: token ids in, the stream after the last layer out.
+
+    While every alpha is 0 and `final_norm` is off, `last_hidden_state` is exactly the scaled embedding.
+    """
+
+    def __init__(self, config: ReZeroConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_positions = None
+        self.rotary_emb = None
+        if config.position_embedding == "learned":
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+            self.embed_positions.init_std = LEARNED_POSITION_STD
+        else:
+            self.rotary_emb = ReZeroRotaryEmbedding(config)
+        self.dropout = nn.Dropout(config.embedding_dropout)
+        self.layers = nn.ModuleList(ReZeroDecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = NORMS[config.norm](config.hidden_size, eps=config.norm_eps) if config.final_norm else nn.Identity()
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        """Run the decoder.
+
+        Args:
+            input_ids: (batch, tokens). Exactly one of `input_ids` and `inputs_embeds`.
+            attention_mask: (batch, tokens), 1 for real tokens and 0 for padding, or a full 4D mask. None lets
+                `position_ids` that restart mark the documents of a packed row.
+            position_ids: (batch, tokens); counts on from the cache by default.
+            past_key_values: cache of earlier tokens; made here when `use_cache` and None.
+            inputs_embeds: (batch, tokens, hidden_size) rows of `embed_tokens`, before `embedding_multiplier`.
+            use_cache: keep keys and values for the tokens to come.
+
+        Raises:
+            ValueError: both or neither of `input_ids` and `inputs_embeds`; more tokens than there are learned positions.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past).unsqueeze(0)
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+
+        hidden_states = inputs_embeds * self.config.embedding_multiplier
+        position_embeddings = None
+        if self.embed_positions is not None:
+            hidden_states = hidden_states + self.embed_positions(position_ids)
+        else:
+            position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        hidden_states = self.dropout(hidden_states)
+        for layer in self.layers[: self.config.num_hidden_layers]:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+
+class ReZeroForCausalLM(ReZeroPreTrainedModel, GenerationMixin):
+    """The decoder with a linear head that predicts the next token."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: ReZeroConfig):
+        super().__init__(config)
+        self.model = ReZeroModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        """Run the decoder and its head; the arguments of `ReZeroModel.forward`, and:
+
+        Args:
+            labels: (batch, tokens), aligned with `input_ids` (the model shifts them); -100 is ignored. Pass
+                `shift_labels`, already shifted, beside them to use those instead.
+            logits_to_keep: how many last positions get logits (0 is all), or their indices.
+            kwargs: `num_items_in_batch` divides the summed loss (gradient accumulation), `shift_labels` as above.
+
+        Returns:
+            loss in nats per token when labels are given, and logits (batch, tokens kept, vocab_size).
+        """
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+# Trainer shifts labels for its own label smoothing only when it finds the class name here.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["rezero"] = "ReZeroForCausalLM"
+
+__all__ = ["ReZeroForCausalLM", "ReZeroModel", "ReZeroPreTrainedModel"]

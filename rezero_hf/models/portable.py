@@ -1,0 +1,45 @@
+"""Checkpoints that carry their own code: what `save_pretrained` writes loads where this package is not installed."""
+
+import shutil
+import sys
+from pathlib import Path
+from typing import ClassVar
+
+from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.modeling_utils import PreTrainedModel
+
+
+class PortablePreTrainedModel(PreTrainedModel):
+    """A `PreTrainedModel` whose every save also writes the whole `auto_map` and the model's source files.
+
+    The library's own way, `register_for_auto_class`, writes only the entry of the class being saved, finds the source through
+    the class at run time (under FSDP2 that is a generated class in torch's own files, so torch's files are what it copies),
+    and is switched on behind the user's back when `AutoModel` loads remote code. So it is a no-op here, and saving does the
+    work itself: `Trainer`, `push_to_hub`, a PEFT merge and FSDP2 all end in `save_pretrained`.
+
+    Subclasses set `auto_classes`: the Auto class names mapped to the class names of their own module.
+    """
+
+    auto_classes: ClassVar[dict[str, str]] = {}
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class="AutoModel"):
+        """Does nothing: see the class docstring."""
+
+    def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
+        """As in Transformers, plus source files and `auto_map`; the same arguments, the same errors."""
+        source = Path(sys.modules[self._defining_class().__module__].__file__)
+        config_class = self.config_class
+        self.config.auto_map = {"AutoConfig": f"{config_class.__module__.rpartition('.')[2]}.{config_class.__name__}"}
+        self.config.auto_map |= {auto: f"{source.stem}.{name}" for auto, name in self.auto_classes.items()}
+        if is_main_process and not Path(save_directory).is_file():
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            for file in [source, *map(Path, get_relative_import_files(source))]:
+                if file.parent.resolve() != Path(save_directory).resolve():
+                    shutil.copyfile(file, Path(save_directory) / file.name)
+        return super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+
+    @classmethod
+    def _defining_class(cls) -> type:
+        """The class as written in a source file, under whatever FSDP2 or a quantiser derived from it at run time."""
+        return next(c for c in cls.__mro__ if "auto_classes" in c.__dict__)

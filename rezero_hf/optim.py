@@ -1,0 +1,119 @@
+"""Parameter groups that know what a gate is, and the optimisers built on them.
+
+Three kinds of parameters want different treatment: matrices, which may be decayed; vectors (biases, norms, and embedding rows,
+whose scale nothing downstream repairs), which may not; and gates, which may not and have their own learning rate.
+"""
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+
+OptimizerName = Literal["adamw", "lamb", "muon"]
+
+
+def is_gate(name: str) -> bool:
+    """Whether a parameter's qualified name is that of a residual gate, alpha, under any wrapper's prefix."""
+    return name.rpartition(".")[2] == "alpha"
+
+
+def gates(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Every gate of a model: parameter name -> tensor of shape (1,), or (branches,) with one gate per branch."""
+    return {name: parameter for name, parameter in model.named_parameters() if is_gate(name)}
+
+
+def parameter_groups(
+    model: nn.Module, lr: float, weight_decay: float = 0.0, gate_lr_multiplier: float = 1.0
+) -> list[dict[str, Any]]:
+    """Parameter groups for any torch optimiser: every trainable parameter in exactly one of `matrices`, `vectors`, `gates`.
+
+    Args:
+        model: any model; embeddings are recognised as `nn.Embedding`, gates by the name `alpha`.
+        lr: learning rate of matrices and vectors.
+        weight_decay: decay of the matrices. Vectors and gates are never decayed: decay would pull gates towards 0, which is a
+            layer switched off, and shrink the embedding, which sets the scale of a stream without norms.
+        gate_lr_multiplier: the gates' learning rate is `lr` times this.
+
+    Returns:
+        Groups with the keys `name`, `params`, `lr` and `weight_decay`; empty ones are left out.
+    """
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    members: dict[str, list[nn.Parameter]] = {"matrices": [], "vectors": [], "gates": []}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if is_gate(name):
+            members["gates"].append(parameter)
+        elif parameter.ndim >= 2 and id(parameter) not in embeddings:
+            members["matrices"].append(parameter)
+        else:
+            members["vectors"].append(parameter)
+    settings = {
+        "matrices": {"lr": lr, "weight_decay": weight_decay},
+        "vectors": {"lr": lr, "weight_decay": 0.0},
+        "gates": {"lr": lr * gate_lr_multiplier, "weight_decay": 0.0},
+    }
+    return [{"name": name, "params": params, **settings[name]} for name, params in members.items() if params]
+
+
+def make_optimizer(
+    model: nn.Module,
+    optimizer: OptimizerName = "adamw",
+    *,
+    lr: float,
+    weight_decay: float = 0.0,
+    gate_lr_multiplier: float = 1.0,
+    matrix_lr_multiplier: float = 1.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+) -> torch.optim.Optimizer:
+    """Build an optimiser over `parameter_groups(model, ...)`.
+
+    Args:
+        model: the model to train.
+        optimizer: `adamw` (torch's fused one), `lamb` (the paper's; from pytorch-optimizer) or `muon` (orthogonalised updates
+            for the matrices inside the layers, AdamW for everything else; from pytorch-optimizer, with the scaling that
+            makes its updates as large as AdamW's, so both share one learning rate).
+        lr, weight_decay, gate_lr_multiplier: as in `parameter_groups`.
+        matrix_lr_multiplier: with `muon`, the learning rate of the orthogonalised matrices is `lr` times this.
+        betas, eps: of the Adam-like update.
+
+    Raises:
+        ImportError: `lamb` and `muon` need the package pytorch-optimizer.
+        ValueError: unknown `optimizer`.
+    """
+    groups = parameter_groups(model, lr, weight_decay, gate_lr_multiplier)
+    if optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+    if optimizer not in ("lamb", "muon"):
+        raise ValueError(f"optimizer={optimizer!r} is unknown; one of adamw, lamb, muon.")
+    try:
+        from pytorch_optimizer import Lamb, Muon
+    except ImportError as error:
+        raise ImportError(f"optimizer={optimizer!r} needs the package pytorch-optimizer: pip install pytorch-optimizer") from error
+    if optimizer == "lamb":
+        return Lamb(groups, lr=lr, betas=betas, eps=eps)
+    head = {id(parameter) for parameter in _head_parameters(model)}
+    return Muon(_muon_groups(groups, head, lr * matrix_lr_multiplier, betas, eps), lr=lr, use_adjusted_lr=True)
+
+
+def _head_parameters(model: nn.Module) -> Iterable[nn.Parameter]:
+    """The output head's parameters: a matrix by shape, but its rows are one vector per word, which Muon does not suit."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return head.parameters() if head is not None else ()
+
+
+def _muon_groups(groups, head: set[int], matrix_lr: float, betas, eps) -> list[dict[str, Any]]:
+    adam = {"use_muon": False, "betas": betas, "eps": eps}
+    split = []
+    for group in groups:
+        if group["name"] == "matrices":
+            inner = [parameter for parameter in group["params"] if id(parameter) not in head]
+            split.append({**group, "params": inner, "lr": matrix_lr, "use_muon": True})
+            outer = [parameter for parameter in group["params"] if id(parameter) in head]
+            split.append({**group, "name": "head", "params": outer, **adam})
+        else:
+            split.append({**group, **adam})
+    return [group for group in split if group["params"]]

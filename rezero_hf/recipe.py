@@ -1,0 +1,246 @@
+"""A YAML recipe, read strictly: a typo or a wrong type is an error, and every default is written out with the run.
+
+A recipe has the sections `model` (fields of `ReZeroConfig`), `data` (`DataConfig`), `training` (`ReZeroTrainingArguments`) and
+`smoke` (dotted overrides that shrink it to seconds), and may say its `name`. Anything can be overridden as
+`section.key=value`.
+"""
+
+import dataclasses
+import difflib
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub.dataclasses import type_validator
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedTokenizerBase
+
+from .arguments import ReZeroTrainingArguments
+from .data import DataConfig
+from .errors import UserError
+from .models.configuration_rezero import ReZeroConfig
+from .sources import Source
+
+
+SECTIONS = ("model", "data", "training", "smoke")
+# A multiple of 64 keeps the head's matrix on the tiles of matrix units; the padding rows are never a target.
+VOCAB_MULTIPLE = 64
+
+
+class RecipeError(UserError):
+    """A recipe says something that cannot be; the message names file, key and value."""
+
+
+@dataclass
+class Recipe:
+    """One training run, checked.
+
+    Args:
+        name: of the run, whose folder is `runs/<name>`; by default the file's name without suffix.
+        path: the file it came from, for messages.
+        model: fields of `ReZeroConfig`.
+        data: what to train on.
+        training: fields of `ReZeroTrainingArguments`; the run's seed is `training.seed`.
+    """
+
+    name: str
+    path: str
+    model: dict[str, Any]
+    data: DataConfig
+    training: dict[str, Any]
+
+    def model_config(self, tokenizer: PreTrainedTokenizerBase) -> ReZeroConfig:
+        """The model's configuration, with what the recipe leaves to the tokenizer and the block size filled in.
+
+        `vocab_size` becomes the tokenizer's, rounded up to a multiple of 64; `max_position_embeddings` the block size; the
+        special token ids are always the tokenizer's.
+
+        Raises:
+            RecipeError: fields contradict each other, the tokenizer or the block size.
+        """
+        needed = len(tokenizer)
+        fields = {
+            "vocab_size": -(-needed // VOCAB_MULTIPLE) * VOCAB_MULTIPLE,
+            "max_position_embeddings": self.data.block_size,
+            **self.model,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+        if fields["vocab_size"] < needed:
+            raise RecipeError(
+                f"{self.path}: model.vocab_size={fields['vocab_size']} is smaller than the {needed} tokens of "
+                f"data.tokenizer={self.data.tokenizer!r}; leave it out or raise it."
+            )
+        if fields["max_position_embeddings"] < self.data.block_size:
+            raise RecipeError(
+                f"{self.path}: model.max_position_embeddings={fields['max_position_embeddings']} is smaller than "
+                f"data.block_size={self.data.block_size}; leave it out or raise it."
+            )
+        try:
+            return ReZeroConfig(**fields)
+        except StrictDataclassError as error:
+            raise RecipeError(f"{self.path}: model: {' '.join(str(error).split())}") from error
+
+    def training_arguments(self, output_dir: str | Path) -> ReZeroTrainingArguments:
+        """The training arguments on this machine, writing into `output_dir`. Starts the distributed state.
+
+        Raises:
+            RecipeError: values that the arguments refuse, or a global batch that does not divide.
+        """
+        try:
+            return ReZeroTrainingArguments(output_dir=str(output_dir), **self.training)
+        except (ValueError, TypeError) as error:
+            raise RecipeError(f"{self.path}: training: {error}") from error
+
+    def resolved(self, config: ReZeroConfig) -> str:
+        """The recipe as YAML with every default written out, as it is saved with the run."""
+        model = {name: value for name, value in config.to_dict().items() if name in _field_types(ReZeroConfig)}
+        defaults = {field.name: _default_of(field) for field in dataclasses.fields(ReZeroTrainingArguments) if field.init}
+        training = {**defaults, **self.training}
+        data = dataclasses.asdict(self.data)
+        # Folders are the machine's business, and a token nobody's.
+        for private in ("output_dir", "hub_token"):
+            training.pop(private, None)
+        data.pop("cache_dir")
+        sections = {"name": self.name, "model": model, "data": data, "training": training}
+        return yaml.safe_dump(_plain(sections), sort_keys=False, allow_unicode=True, width=120)
+
+
+def load_recipe(path: str | Path, overrides: typing.Iterable[str] = (), smoke: bool = False) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        path: a YAML file.
+        overrides: `section.key=value` strings, over the file and over `smoke`; values are YAML.
+        smoke: apply the recipe's `smoke` section, which shrinks it to CPU seconds.
+
+    Raises:
+        RecipeError: missing or unreadable file, unknown section or key, wrong type; one line with the nearest valid name.
+    """
+    path = Path(path)
+    document = _read_yaml(path)
+    name = document.pop("name", path.stem)
+    _check_names(document, SECTIONS, f"{path}: section")
+    for section in SECTIONS:
+        if not isinstance(document.setdefault(section, {}) or {}, dict):
+            raise RecipeError(f"{path}: section {section} is not a mapping of keys to values.")
+        document[section] = dict(document[section] or {})
+
+    shrink = document["smoke"]
+    for key, value in shrink.items():
+        _override(document if smoke else {s: {} for s in SECTIONS}, key, value, f"{path}: smoke")
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise RecipeError(f"override {text!r} is not of the form section.key=value.")
+        try:
+            _override(document, key.strip(), yaml.safe_load(value), "override")
+        except yaml.YAMLError as error:
+            raise RecipeError(f"override {text!r}: the value is not YAML.") from error
+
+    model = _checked(document["model"], ReZeroConfig, f"{path}: model")
+    training = _checked(document["training"], ReZeroTrainingArguments, f"{path}: training")
+    data = dict(document["data"])
+    if "sources" in data:
+        data["sources"] = _sources(data["sources"], f"{path}: data.sources")
+    data = DataConfig(**_checked(data, DataConfig, f"{path}: data"))
+    return Recipe(name=str(name), path=str(path), model=model, data=data, training=training)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RecipeError(f"{path}: no such recipe.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read as text ({error}).") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(document, dict):
+        raise RecipeError(f"{path}: not a recipe: the file must be a mapping with the sections {', '.join(SECTIONS)}.")
+    return document
+
+
+def _override(document: dict[str, dict], key: str, value: Any, where: str) -> None:
+    section, dot, field = key.partition(".")
+    if not dot or section not in SECTIONS[:-1]:
+        raise RecipeError(f"{where}: {key!r} is not section.key with a section of {', '.join(SECTIONS[:-1])}.")
+    document[section][field] = value
+
+
+def _sources(value: Any, where: str) -> list[Source]:
+    """One line or a list of lines, each a name or a mapping of `Source` fields."""
+    lines = value if isinstance(value, list) else [value]
+    sources = []
+    for number, line in enumerate(lines):
+        fields = line if isinstance(line, dict) else {"source": line}
+        sources.append(Source(**_checked(fields, Source, f"{where}[{number}]")))
+    return sources
+
+
+def _checked(values: dict[str, Any], cls: type, where: str) -> dict[str, Any]:
+    """The values, each checked against the dataclass field of its name; whole numbers become floats where those are due."""
+    types = _field_types(cls)
+    _check_names(values, types, f"{where}: key")
+    checked = {}
+    for name, value in values.items():
+        expected = types[name]
+        members = typing.get_args(expected) or (expected,)
+        if isinstance(value, int) and not isinstance(value, bool) and float in members and int not in members:
+            value = float(value)
+        try:
+            type_validator(name, value, expected)
+        except TypeError as error:
+            hint = " (YAML reads 3e-4 as text; write 3.0e-4)" if isinstance(value, str) and _is_number(value) else ""
+            raise RecipeError(f"{where}.{name}={value!r}: expected {_describe(expected)}{hint}.") from error
+        checked[name] = value
+    return checked
+
+
+def _check_names(given: typing.Iterable[str], known: typing.Iterable[str], where: str) -> None:
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known)[:40])}."
+            raise RecipeError(f"{where} {name!r} is unknown; {hint}")
+
+
+def _field_types(cls: type) -> dict[str, Any]:
+    """The fields a recipe may set, with their types: a configuration's own ones, not the hundred it inherits."""
+    fields = [field for field in dataclasses.fields(cls) if field.init]
+    if issubclass(cls, ReZeroConfig):
+        fields = [field for field in fields if field.name in cls.__annotations__]
+    return {field.name: field.type for field in fields}
+
+
+def _describe(expected: Any) -> str:
+    if typing.get_origin(expected) is typing.Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(expected)))
+    return expected.__name__ if isinstance(expected, type) else str(expected).replace("typing.", "")
+
+
+def _default_of(field: dataclasses.Field) -> Any:
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    return field.default_factory() if field.default_factory is not dataclasses.MISSING else None
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _plain(value: Any) -> Any:
+    """The value in types that YAML writes plainly: enums by value, tuples as lists."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    value = getattr(value, "value", value)
+    return value if isinstance(value, str | int | float | bool | None) else str(value)

@@ -1,0 +1,136 @@
+"""A run's folder and what it says of itself: versions, commit, device and command beside its numbers.
+
+`runs/NAME/` holds `recipe.yaml` (resolved), `metrics.jsonl` (one JSON object a line), `run.json` (provenance and results) and
+`model/`, the publishable folder.
+"""
+
+import itertools
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import UserError
+
+
+PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "pytorch_optimizer", "rezero_hf")
+
+
+def new_run_dir(path: str | Path) -> Path | None:
+    """Make an empty folder for a run. What an earlier run left there is moved aside, not overwritten.
+
+    Args:
+        path: where the run goes.
+
+    Returns:
+        Where the earlier run is now (`NAME.1`, `NAME.2`, ...); None when there was none.
+
+    Raises:
+        UserError: the folder cannot be made.
+    """
+    path, aside = Path(path), None
+    try:
+        if path.exists() and any(path.iterdir()):
+            numbers = itertools.count(1)
+            aside = next(free for n in numbers if not (free := path.with_name(f"{path.name}.{n}")).exists())
+            path.rename(aside)
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: no run can be written there ({error.strerror}); choose another with --output.") from error
+    return aside
+
+
+def read_metrics(path: str | Path) -> list[dict]:
+    """Read a run's `metrics.jsonl`, one JSON object per line, in file order.
+
+    Args:
+        path: The file. Empty lines are passed over.
+
+    Raises:
+        UserError: A line is torn or is not a JSON object; the message names the file and the line.
+        FileNotFoundError: There is no such file.
+    """
+    rows = []
+    # Split at newlines only: str.splitlines also cuts at characters that JSON strings may hold.
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(
+                f"{path}:{number}: not valid JSON ({error}); a run killed while writing tears its last line: delete it"
+            ) from None
+        if not isinstance(row, dict):
+            raise UserError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
+        rows.append(row)
+    return rows
+
+
+def provenance() -> dict[str, Any]:
+    """What is needed to run the same thing again: `command`, `started`, `versions`, `git`, `device`; JSON types only.
+
+    `git` is None outside a checkout; packages that are not installed are left out.
+    """
+    return {
+        "command": shlex.join(sys.argv),
+        "started": now(),
+        "versions": versions(),
+        "git": git_state(),
+        "device": device_name(),
+    }
+
+
+def now() -> str:
+    """The time, UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of Python and of the packages that shape a result."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_state() -> dict[str, Any] | None:
+    """Commit of the checkout this package runs from, and whether it has uncommitted changes."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        # An installed package may lie inside somebody else's checkout: only one that tracks this file counts.
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        return {"sha": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def device_name() -> str:
+    """The accelerator's name, or the processor's with the number of cores this process may use."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{_processor()} ({cores} cores)"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

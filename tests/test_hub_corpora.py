@@ -1,0 +1,158 @@
+"""Data sets read by the real `datasets` library, from local folders so that no network is needed."""
+
+import json
+
+import pytest
+
+from rezero_hf import hub_corpora
+from rezero_hf.corpora import open_corpus
+from rezero_hf.sources import SPLITS, DataError, Source
+
+modes = pytest.mark.parametrize("streaming", [False, True], ids=["downloaded", "streaming"])
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """The library's cache in the test's folder, and no network."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    datasets.disable_progress_bars()
+
+
+def write_rows(path, texts, column="text"):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps({column: text}) + "\n" for text in texts))
+
+
+def corpus_of(folder, cache, **fields):
+    return open_corpus(Source(f"hub:{folder}", **fields), 0.1, 0.1, cache)
+
+
+def texts_of(corpus):
+    found = {split: [] for split in SPLITS}
+    for split, data, last in corpus.pieces():
+        assert last
+        found[split].append(data.decode())
+    return found
+
+
+@modes
+def test_own_splits_are_used_and_shared_documents_dropped(tmp_path, streaming):
+    """A data set's own splits stay as they are, except that a document in an earlier one is dropped from the later."""
+    write_rows(tmp_path / "set" / "train.jsonl", ["t1", "held", "t2", "t2", "", "tested"])
+    write_rows(tmp_path / "set" / "validation.jsonl", ["held", "tested", "v"])
+    write_rows(tmp_path / "set" / "test.jsonl", ["tested", "naïve\n漢"])
+    corpus = corpus_of(tmp_path / "set", tmp_path / "cache", streaming=streaming)
+    assert texts_of(corpus) == {
+        "train": ["t1", "t2", "t2"],
+        "validation": ["held", "v"],
+        "test": ["tested", "naïve\n漢"],
+    }
+    assert corpus.notes() == {"empty_documents": 1, "documents_also_held_out": 3}
+
+
+@modes
+def test_missing_splits_are_carved_by_document(tmp_path, streaming):
+    """With only training text, about the asked share of documents is held out, equal ones together."""
+    import pandas
+
+    (tmp_path / "set").mkdir()
+    texts = [f"document {i % 1000}" for i in range(2000)]
+    pandas.DataFrame({"body": texts}).to_parquet(tmp_path / "set" / "train.parquet")
+    found = texts_of(corpus_of(tmp_path / "set", tmp_path / "cache", streaming=streaming, text_column="body"))
+    assert sorted(sum(found.values(), [])) == sorted(texts)
+    assert not set(found["train"]) & set(found["validation"]) | set(found["validation"]) & set(found["test"])
+    assert all(140 < len(found[split]) < 260 for split in ("validation", "test"))
+
+
+def test_both_modes_give_the_same(tmp_path):
+    """Streaming changes how text travels, not which text it is."""
+    write_rows(tmp_path / "set" / "train.jsonl", [f"document {i}" for i in range(50)])
+    one, two = (corpus_of(tmp_path / "set", tmp_path / "cache", streaming=mode) for mode in (False, True))
+    assert one.identity() == two.identity()
+    assert list(one.pieces()) == list(two.pieces())
+
+
+@modes
+def test_max_documents(tmp_path, streaming):
+    """Only the first rows of each split are read."""
+    write_rows(tmp_path / "set" / "train.jsonl", map(str, range(50)))
+    write_rows(tmp_path / "set" / "test.jsonl", map(str, range(100, 150)))
+    corpus = corpus_of(tmp_path / "set", tmp_path / "cache", streaming=streaming, max_documents=5)
+    found = texts_of(corpus)
+    assert found["test"] == ["100", "101", "102", "103", "104"]
+    assert sorted(found["train"] + found["validation"]) == ["0", "1", "2", "3", "4"]
+
+
+def test_identity_follows_the_data_and_the_fields(tmp_path):
+    """Other files, columns or limits are another corpus."""
+    write_rows(tmp_path / "set" / "train.jsonl", ["a"])
+    first = corpus_of(tmp_path / "set", tmp_path / "cache").identity()
+    assert corpus_of(tmp_path / "set", tmp_path / "cache").identity() == first
+    assert corpus_of(tmp_path / "set", tmp_path / "cache", max_documents=1).identity() != first
+    write_rows(tmp_path / "set" / "train.jsonl", ["b"])
+    assert corpus_of(tmp_path / "set", tmp_path / "cache").identity() != first
+    assert str(tmp_path) not in json.dumps(first)
+
+
+def test_without_a_network_the_last_known_version_counts(tmp_path, monkeypatch):
+    """A Hub id that was resolved once is still known when the Hub cannot be reached; a pinned commit is not even asked."""
+
+    class Builder:
+        hash = "a" * 40
+
+    source = Source("hub:org/name")
+    monkeypatch.setattr("datasets.load_dataset_builder", lambda *args, **kwargs: Builder)
+    known = open_corpus(source, 0, 0, tmp_path).identity()
+    pinned = open_corpus(Source("hub:org/name", revision="a" * 40), 0, 0, tmp_path).identity()
+
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("no route to host\nmore")
+
+    monkeypatch.setattr("datasets.load_dataset_builder", unreachable)
+    assert known["version"] == Builder.hash
+    assert open_corpus(source, 0, 0, tmp_path).identity() == known
+    monkeypatch.setattr(hub_corpora, "load_dataset_builder_or_explain", lambda *args, **kwargs: pytest.fail("asked"))
+    assert open_corpus(Source("hub:org/name", revision="a" * 40), 0, 0, tmp_path).identity() == pinned
+
+
+def test_the_resolved_commit_is_what_is_loaded(tmp_path, monkeypatch):
+    """A Hub data set is loaded at the commit in its identity, without ever trusting remote code."""
+    calls = []
+
+    class Builder:
+        hash = "b" * 40
+
+    def load_dataset(*args, **kwargs):
+        calls.append((args, kwargs))
+        return {"train": [{"text": "a"}]}
+
+    monkeypatch.setattr("datasets.load_dataset_builder", lambda *args, **kwargs: Builder)
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    list(open_corpus(Source("hub:org/name", config_name="en"), 0, 0, tmp_path).pieces())
+    assert calls == [(("org/name", "en"), {"revision": Builder.hash, "streaming": False})]
+
+
+@modes
+def test_bad_data_sets(tmp_path, streaming):
+    """A wrong column, a row without text, a missing training split: one line each."""
+    write_rows(tmp_path / "set" / "train.jsonl", ["a", None, "b"])
+    write_rows(tmp_path / "other" / "test.jsonl", ["a"])
+    cache = tmp_path / "cache"
+    for folder, fields, message in (
+        ("set", {"text_column": "body"}, "hub:set has no column 'body', only text: set text_column"),
+        ("set", {}, "hub:set: row 1 of train, column 'text', is NoneType, not text: set text_column"),
+        ("other", {}, "hub:other has no split named train, only test: use another data set"),
+    ):
+        with pytest.raises(DataError, match=message):
+            list(corpus_of(tmp_path / folder, cache, streaming=streaming, **fields).pieces())
+
+
+def test_a_data_set_that_cannot_be_reached(tmp_path):
+    """A name that leads nowhere gives one line with what to check."""
+    with pytest.raises(DataError, match="^hub:no-such-org/no-such-set cannot be read .*check its name") as error:
+        corpus_of("no-such-org/no-such-set", tmp_path / "cache").identity()
+    assert "\n" not in str(error.value)
