@@ -1,7 +1,7 @@
-"""ReZero for Hugging Face: networks whose every residual branch starts switched off, `x + alpha * F(x)` with alpha = 0.
+"""ReZero for Hugging Face: networks whose every residual branch starts switched off, `x + alpha * F(x)`, alpha = 0.
 
-Importing it registers `ReZeroConfig` and its models with Transformers' Auto classes. Everything that trains is imported when it
-is first used, so that loading a model costs no more than Transformers itself.
+Importing it registers `ReZeroConfig` and its models with Transformers' Auto classes. Everything that trains is
+imported when it is first used, so that loading a model costs no more than Transformers itself.
 """
 
 import importlib
@@ -22,7 +22,7 @@ _LAZY = {
     "load_recipe": "recipe",
     "make_optimizer": "optim",
     "parameter_groups": "optim",
-    "verify_folder": "checkpoints",
+    "verify_folder": "verification",
 }
 
 __all__ = ["RESIDUAL_FORMS", "ReZeroConfig", "ReZeroForCausalLM", "ReZeroModel", *_LAZY]  # noqa: PLE0604

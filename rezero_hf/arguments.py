@@ -14,21 +14,21 @@ class ReZeroTrainingArguments(TrainingArguments):
     """`TrainingArguments` for `ReZeroTrainer`: every field of the library keeps its name; these are added or changed.
 
     Added:
-        global_batch_size: sequences per optimiser step over all processes. Gradient accumulation is derived from it, from
-            `per_device_train_batch_size` and from the number of processes, so a recipe trains the same on any machine.
-            None (default) leaves `gradient_accumulation_steps` as given.
-        optimizer: `adamw` (default), `lamb` (the paper's) or `muon`; built by `rezero_hf.optim.make_optimizer`. The library's
-            `optim` is not used.
+        global_batch_size: sequences per optimiser step over all processes. Gradient accumulation is derived from it,
+            from `per_device_train_batch_size` and from the number of processes, so a recipe trains the same on any
+            machine. None (default) leaves `gradient_accumulation_steps` as given.
+        optimizer: `adamw` (default), `lamb` (the paper's) or `muon`; built by `rezero_hf.optim.make_optimizer`. The
+            library's `optim` is not used.
         gate_lr_multiplier: learning rate of the gates over that of the rest, default 1.
-        eval_blocks: evaluations during training read this many blocks, evenly spaced over the split and always the same;
-            None (default) reads all.
-        final_eval_blocks: the same for the evaluation of validation and test at the end of a run; its numbers are the ones
-            the model card shows, so only smoke tests set it.
+        eval_blocks: evaluations during training read this many blocks, evenly spaced over the split and always the
+            same; None (default) reads all.
+        final_eval_blocks: the same for the evaluation of validation and test at the end of a run; its numbers are the
+            ones the model card shows, so only smoke tests set it.
         matrix_lr_multiplier: with Muon, learning rate of the orthogonalised matrices over that of the rest, default 1.
 
     Changed defaults:
-        train_sampling_strategy: `sequential`, because `TrainBlocks` is already in a shuffled order that is a function of
-            (seed, index), which is what makes a resume exact.
+        train_sampling_strategy: `sequential`, because `TrainBlocks` is already in a shuffled order that is a function
+            of (seed, index), which is what makes a resume exact.
         logging_nan_inf_filter: False: a step that is not finite must show.
         remove_unused_columns: False: `shift_labels` is no named argument of the model's forward.
         logging_steps 10: the library's 500 shows nothing of a short run. disable_tqdm stays the library's choice.
@@ -49,7 +49,8 @@ class ReZeroTrainingArguments(TrainingArguments):
     logging_steps: float = field(default=10)
 
     def __post_init__(self):
-        # The library refuses bf16 without an accelerator unless told that the CPU is meant; a recipe should run on both.
+        # The library refuses bf16 without an accelerator unless told that the CPU is meant; a recipe should run on
+        # both.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
         if self.global_batch_size is None:
@@ -57,8 +58,8 @@ class ReZeroTrainingArguments(TrainingArguments):
         one_pass = self.per_device_train_batch_size * self.world_size
         if self.global_batch_size % one_pass:
             raise UserError(
-                f"training.global_batch_size={self.global_batch_size} is not a multiple of the {one_pass} sequences of one "
-                f"pass (per_device_train_batch_size={self.per_device_train_batch_size} x {self.world_size} processes); "
-                "change one of them."
+                f"training.global_batch_size={self.global_batch_size} is not a multiple of the {one_pass} sequences of "
+                f"one pass (per_device_train_batch_size={self.per_device_train_batch_size} x {self.world_size} "
+                "processes); change one of them."
             )
         self.gradient_accumulation_steps = self.global_batch_size // one_pass

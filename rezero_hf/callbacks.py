@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import ClassVar
 
 from torch import nn
 from transformers import ProgressCallback, TrainerCallback
@@ -13,13 +14,13 @@ def gate_values(model: nn.Module) -> dict[str, list[float]]:
     """Every gate's value: parameter name -> list, one number or one per branch. Every rank must call it under FSDP."""
     values = {}
     for name, alpha in gates(model).items():
-        alpha = alpha.full_tensor() if hasattr(alpha, "full_tensor") else alpha
-        values[name] = alpha.detach().float().cpu().tolist()
+        whole = alpha.full_tensor() if hasattr(alpha, "full_tensor") else alpha
+        values[name] = whole.detach().float().cpu().tolist()
     return values
 
 
 class MetricsLog(TrainerCallback):
-    """Appends every log and evaluation to `metrics.jsonl`, one JSON object a line, with every alpha at each evaluation.
+    """Appends logs and evaluations to `metrics.jsonl`, one JSON object a line, with every alpha at each evaluation.
 
     Args:
         path: the file. Rows of an earlier run are kept: the caller decides whether this is a new run.
@@ -47,9 +48,13 @@ class MetricsLog(TrainerCallback):
 
 
 class BitsPerByteProgress(ProgressCallback):
-    """The usual progress bar, with loss, bits per byte and tokens/s beside it instead of a dictionary every few steps."""
+    """The usual progress bar, with loss, bits per byte and tokens/s beside it instead of a dictionary now and then."""
 
-    SHOWN = {"loss": "loss {:.3f}", "bits_per_byte": "{:.3f} bits/byte", "tokens_per_second": "{:,.0f} tokens/s"}
+    SHOWN: ClassVar = {
+        "loss": "loss {:.3f}",
+        "bits_per_byte": "{:.3f} bits/byte",
+        "tokens_per_second": "{:,.0f} tokens/s",
+    }
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and self.training_bar is not None and logs and "loss" in logs:

@@ -157,32 +157,27 @@ class TextFiles(Corpus):
         self.label = path.name if path.is_absolute() else pattern
         self._fractions = fractions
         if path.is_file():
-            root, paths = path.parent, [path]
+            paths = [path]
         elif path.is_dir():
-            root, paths = path, [p for p in path.rglob("*") if p.is_file() and not _hidden(p.relative_to(path))]
+            paths = [p for p in path.rglob("*") if p.is_file() and not _hidden(p.relative_to(path))]
         else:
-            root, paths = Path(), [Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file()]
+            paths = [Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file()]
         if not paths:
             raise DataError(
                 f"data.sources: {pattern!r} is no file, folder with files or glob that matches any, and none of "
                 "python-stdlib, enwik8, enwik8:PATH, hub:ORG/NAME: correct the path (relative ones start at "
                 f"{Path.cwd()})"
             )
-        names = {str(p.relative_to(root)) if root != Path() else str(p): p for p in sorted(paths)}
-        scanned = dict(zip(names, _scan_all(list(names.values()), cache_dir), strict=True))
-        if not any(found["size"] for found in scanned.values()):
-            raise DataError(
-                f"data.sources: {pattern!r} holds no text, only empty files: put text into it or remove it"
-            )
-        unique: dict[str, str] = {}
-        for name, found in scanned.items():
-            if found["size"]:
-                unique.setdefault(found["sha256"], name)
-        self._files = {digest: (names[name], scanned[name]["size"]) for digest, name in sorted(unique.items())}
+        paths = sorted(paths)
+        texts = [(path, found) for path, found in zip(paths, _scan_all(paths, cache_dir), strict=True) if found["size"]]
+        if not texts:
+            raise DataError(f"data.sources: {pattern!r} holds no text, only empty files: put text into it or remove it")
+        unique = {found["sha256"]: (path, found["size"]) for path, found in texts}
+        self._files = dict(sorted(unique.items()))
         self._counts = {
             "files": len(unique),
-            "empty_files": sum(not found["size"] for found in scanned.values()),
-            "duplicate_files": sum(bool(found["size"]) for found in scanned.values()) - len(unique),
+            "empty_files": len(paths) - len(texts),
+            "duplicate_files": len(texts) - len(unique),
         }
 
     def identity(self) -> dict[str, Any]:
@@ -228,8 +223,7 @@ class Enwik8(Corpus):
     split is one document.
 
     Args:
-        path: `enwik8` or `enwik8.zip`. Default: those names in the cache folder, and otherwise the Hub's Parquet copy
-        of
+        path: `enwik8` or `enwik8.zip`. Default: those names in the cache folder, otherwise the Hub's Parquet copy of
             `LTCB/enwik8` (not tested against the real Hub; the hash decides whether it is the real file).
         cache_dir: the cache folder.
         facts: size, hash and split; other ones only in tests.
@@ -237,6 +231,7 @@ class Enwik8(Corpus):
 
     label = "enwik8"
     hub_copy = ("LTCB/enwik8", "enwik8-raw", "refs/convert/parquet")
+    _way_out = "download enwik8.zip from mattmahoney.net/dc/enwik8.zip and name it as enwik8:PATH"
 
     def __init__(self, path: Path | None, cache_dir: Path, facts: Enwik8Facts | None = None) -> None:
         self._facts = facts or Enwik8Facts()
@@ -245,8 +240,6 @@ class Enwik8(Corpus):
         elif not path.is_file():
             raise DataError(f"data.sources: enwik8 file {str(path)!r} does not exist: {self._way_out}")
         self._path = path
-
-    _way_out = "download enwik8.zip from mattmahoney.net/dc/enwik8.zip and name it as enwik8:PATH"
 
     def identity(self) -> dict[str, Any]:
         facts = self._facts
@@ -291,7 +284,7 @@ class Enwik8(Corpus):
 
 
 def _module(name: str) -> str:
-    return name.split("/")[0].removesuffix(".py")
+    return name.split("/", maxsplit=1)[0].removesuffix(".py")
 
 
 def _hidden(path: Path) -> bool:

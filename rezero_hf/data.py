@@ -29,6 +29,7 @@ from .shards import INDEX_NAME, TokenStream, write_shards
 from .sources import SPLITS, DataError, Source
 from .tokenization import tokenizer_fingerprint
 
+
 __all__ = ["DataConfig", "DataError", "EvalBlocks", "PreparedData", "Source", "TrainBlocks", "prepare"]
 
 # Part of the fingerprint: raise it when the same sources and tokenizer would give other shards.

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+
 # Okabe and Ito's colour-blind-safe set.
 BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#555555"
 TICK_STEPS = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)

@@ -12,8 +12,10 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig
 
+from .errors import UserError
 from .figures import gate_history
 from .models.residual import RESIDUAL_FORMS
+
 
 USER_SECTION = (
     "<!-- your section begins: what you write between these two lines is kept when the card is rendered again -->",
@@ -70,7 +72,7 @@ def render_card(
         previous: The text of the card this one replaces; its user's section is carried over.
 
     Raises:
-        ValueError: `previous` has no user's section, or more than one: its text would be lost.
+        UserError: `previous` has no user's section, or more than one: its text would be lost.
     """
     run = run or {}
     data = run.get("data") or {}
@@ -130,7 +132,7 @@ def user_section(card: str) -> str | None:
 def _user_section(previous: str | None) -> str:
     kept = user_section(previous) if previous is not None else ""
     if kept is None:
-        raise ValueError(
+        raise UserError(
             "README.md: the card to replace does not hold exactly one user's section, so what you wrote in it would "
             f"be lost; put the lines {USER_SECTION[0]!r} and {USER_SECTION[1]!r} around what to keep, or move it away"
         )

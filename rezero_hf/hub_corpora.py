@@ -10,6 +10,7 @@ from typing import Any
 
 from .sources import Corpus, DataError, Piece, Source, in_pieces, memory_file, remember
 
+
 # In the order in which they are read: what is held out must be known before training text is handed out.
 _SPLIT_NAMES = {"test": ("test",), "validation": ("validation", "valid", "val", "dev"), "train": ("train",)}
 
@@ -139,6 +140,6 @@ def _call(label: str, load: Callable[..., Any], *args: Any, **kwargs: Any) -> An
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
         raise DataError(
-            f"{label} cannot be read ({reason}): check its name, config_name and revision, the network, and for private
-            " "or gated data sets the token (hf auth login)"
+            f"{label} cannot be read ({reason}): check its name, config_name and revision, the network, and for "
+            "private or gated data sets the token (hf auth login)"
         ) from error

@@ -1,7 +1,8 @@
 """Parameter groups that know what a gate is, and the optimisers built on them.
 
-Three kinds of parameters want different treatment: matrices, which may be decayed; vectors (biases, norms, and embedding rows,
-whose scale nothing downstream repairs), which may not; and gates, which may not and have their own learning rate.
+Three kinds of parameters want different treatment: matrices, which may be decayed; vectors (biases, norms, and
+embedding rows, whose scale nothing downstream repairs), which may not; and gates, which may not and have their own
+learning rate.
 """
 
 from collections.abc import Iterable
@@ -9,6 +10,8 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+
+from .errors import UserError
 
 
 OptimizerName = Literal["adamw", "lamb", "muon"]
@@ -27,13 +30,14 @@ def gates(model: nn.Module) -> dict[str, torch.Tensor]:
 def parameter_groups(
     model: nn.Module, lr: float, weight_decay: float = 0.0, gate_lr_multiplier: float = 1.0
 ) -> list[dict[str, Any]]:
-    """Parameter groups for any torch optimiser: every trainable parameter in exactly one of `matrices`, `vectors`, `gates`.
+    """Parameter groups for any torch optimiser: every trainable parameter in exactly one of `matrices`, `vectors`,
+    `gates`.
 
     Args:
         model: any model; embeddings are recognised as `nn.Embedding`, gates by the name `alpha`.
         lr: learning rate of matrices and vectors.
-        weight_decay: decay of the matrices. Vectors and gates are never decayed: decay would pull gates towards 0, which is a
-            layer switched off, and shrink the embedding, which sets the scale of a stream without norms.
+        weight_decay: decay of the matrices. Vectors and gates are never decayed: decay would pull gates towards 0,
+            which is a layer switched off, and shrink the embedding, which sets the scale of a stream without norms.
         gate_lr_multiplier: the gates' learning rate is `lr` times this.
 
     Returns:
@@ -73,26 +77,25 @@ def make_optimizer(
 
     Args:
         model: the model to train.
-        optimizer: `adamw` (torch's fused one), `lamb` (the paper's; from pytorch-optimizer) or `muon` (orthogonalised updates
-            for the matrices inside the layers, AdamW for everything else; from pytorch-optimizer, with the scaling that
-            makes its updates as large as AdamW's, so both share one learning rate).
+        optimizer: `adamw` (torch's fused one), `lamb` (the paper's; from pytorch-optimizer) or `muon` (orthogonalised
+            updates for the matrices inside the layers, AdamW for everything else; from pytorch-optimizer, with the
+            scaling that makes its updates as large as AdamW's, so both share one learning rate).
         lr, weight_decay, gate_lr_multiplier: as in `parameter_groups`.
         matrix_lr_multiplier: with `muon`, the learning rate of the orthogonalised matrices is `lr` times this.
         betas, eps: of the Adam-like update.
 
     Raises:
-        ImportError: `lamb` and `muon` need the package pytorch-optimizer.
-        ValueError: unknown `optimizer`.
+        UserError: unknown `optimizer`; `lamb` and `muon` need the package pytorch-optimizer.
     """
     groups = parameter_groups(model, lr, weight_decay, gate_lr_multiplier)
     if optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
     if optimizer not in ("lamb", "muon"):
-        raise ValueError(f"optimizer={optimizer!r} is unknown; one of adamw, lamb, muon.")
+        raise UserError(f"optimizer={optimizer!r} is unknown; one of adamw, lamb, muon.")
     try:
         from pytorch_optimizer import Lamb, Muon
     except ImportError as error:
-        raise ImportError(f"optimizer={optimizer!r} needs the package pytorch-optimizer: pip install pytorch-optimizer") from error
+        raise UserError(f"optimizer={optimizer!r} needs a package: pip install pytorch-optimizer") from error
     if optimizer == "lamb":
         return Lamb(groups, lr=lr, betas=betas, eps=eps)
     head = {id(parameter) for parameter in _head_parameters(model)}
@@ -100,7 +103,7 @@ def make_optimizer(
 
 
 def _head_parameters(model: nn.Module) -> Iterable[nn.Parameter]:
-    """The output head's parameters: a matrix by shape, but its rows are one vector per word, which Muon does not suit."""
+    """The output head's parameters: a matrix by shape, but its rows are a vector per word, which Muon does not suit."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return head.parameters() if head is not None else ()
 

@@ -1,8 +1,8 @@
 """A YAML recipe, read strictly: a typo or a wrong type is an error, and every default is written out with the run.
 
-A recipe has the sections `model` (fields of `ReZeroConfig`), `data` (`DataConfig`), `training` (`ReZeroTrainingArguments`) and
-`smoke` (dotted overrides that shrink it to seconds), and may say its `name`. Anything can be overridden as
-`section.key=value`.
+A recipe has the sections `model` (fields of `ReZeroConfig`), `data` (`DataConfig`), `training`
+(`ReZeroTrainingArguments`) and `smoke` (dotted overrides that shrink it to seconds), and may say its `name`. Anything
+can be overridden as `section.key=value`.
 """
 
 import dataclasses
@@ -54,8 +54,8 @@ class Recipe:
     def model_config(self, tokenizer: PreTrainedTokenizerBase) -> ReZeroConfig:
         """The model's configuration, with what the recipe leaves to the tokenizer and the block size filled in.
 
-        `vocab_size` becomes the tokenizer's, rounded up to a multiple of 64; `max_position_embeddings` the block size; the
-        special token ids are always the tokenizer's.
+        `vocab_size` becomes the tokenizer's, rounded up to a multiple of 64; `max_position_embeddings` the block size;
+        the special token ids are always the tokenizer's.
 
         Raises:
             RecipeError: fields contradict each other, the tokenizer or the block size.
@@ -98,8 +98,8 @@ class Recipe:
     def resolved(self, config: ReZeroConfig) -> str:
         """The recipe as YAML with every default written out, as it is saved with the run."""
         model = {name: value for name, value in config.to_dict().items() if name in _field_types(ReZeroConfig)}
-        defaults = {field.name: _default_of(field) for field in dataclasses.fields(ReZeroTrainingArguments) if field.init}
-        training = {**defaults, **self.training}
+        fields = [field for field in dataclasses.fields(ReZeroTrainingArguments) if field.init]
+        training = {**{field.name: _default_of(field) for field in fields}, **self.training}
         data = dataclasses.asdict(self.data)
         # Folders are the machine's business, and a token nobody's.
         for private in ("output_dir", "hub_token"):
@@ -118,7 +118,8 @@ def load_recipe(path: str | Path, overrides: typing.Iterable[str] = (), smoke: b
         smoke: apply the recipe's `smoke` section, which shrinks it to CPU seconds.
 
     Raises:
-        RecipeError: missing or unreadable file, unknown section or key, wrong type; one line with the nearest valid name.
+        RecipeError: missing or unreadable file, unknown section or key, wrong type; one line with the nearest valid
+            name.
     """
     path = Path(path)
     document = _read_yaml(path)
@@ -182,21 +183,20 @@ def _sources(value: Any, where: str) -> list[Source]:
 
 
 def _checked(values: dict[str, Any], cls: type, where: str) -> dict[str, Any]:
-    """The values, each checked against the dataclass field of its name; whole numbers become floats where those are due."""
+    """The values, each checked against the dataclass field of its name; whole numbers become floats where due."""
     types = _field_types(cls)
     _check_names(values, types, f"{where}: key")
     checked = {}
     for name, value in values.items():
         expected = types[name]
         members = typing.get_args(expected) or (expected,)
-        if isinstance(value, int) and not isinstance(value, bool) and float in members and int not in members:
-            value = float(value)
+        due_float = isinstance(value, int) and not isinstance(value, bool) and float in members and int not in members
+        checked[name] = float(value) if due_float else value
         try:
-            type_validator(name, value, expected)
+            type_validator(name, checked[name], expected)
         except TypeError as error:
             hint = " (YAML reads 3e-4 as text; write 3.0e-4)" if isinstance(value, str) and _is_number(value) else ""
             raise RecipeError(f"{where}.{name}={value!r}: expected {_describe(expected)}{hint}.") from error
-        checked[name] = value
     return checked
 
 

@@ -1,7 +1,7 @@
 """A run's folder and what it says of itself: versions, commit, device and command beside its numbers.
 
-`runs/NAME/` holds `recipe.yaml` (resolved), `metrics.jsonl` (one JSON object a line), `run.json` (provenance and results) and
-`model/`, the publishable folder.
+`runs/NAME/` holds `recipe.yaml` (resolved), `metrics.jsonl` (one JSON object a line), `run.json` (provenance and
+results) and `model/`, the publishable folder.
 """
 
 import itertools
@@ -21,7 +21,10 @@ import torch
 from .errors import UserError
 
 
-PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "pytorch_optimizer", "rezero_hf")
+PACKAGES = (
+    *("torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "pytorch_optimizer"),
+    "rezero_hf",
+)
 
 
 def new_run_dir(path: str | Path) -> Path | None:
@@ -44,7 +47,8 @@ def new_run_dir(path: str | Path) -> Path | None:
             path.rename(aside)
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{path}: no run can be written there ({error.strerror}); choose another with --output.") from error
+        reason = error.strerror
+        raise UserError(f"{path}: no run can be written there ({reason}); choose another with --output.") from error
     return aside
 
 

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from .sources import SPLITS, Corpus, Piece
 from .tokenization import is_byte_tokenizer
 
+
 INDEX_NAME = "index.json"
 SHARD_TOKENS = 64 * 1024 * 1024
 _ENCODE_BYTES = 4 << 20
@@ -112,10 +113,8 @@ class _Encoder:
                 for encoding, text in zip(encodings, texts, strict=True)
             ]
         for piece, (ids, text_bytes) in zip(batch, rows, strict=True):
-            ids = ids.astype(self.dtype)
-            if piece.last:
-                ids = np.append(ids, self.dtype.type(self.separator))
-            yield piece.split, ids, text_bytes, int(piece.last)
+            ending = np.array([self.separator] if piece.last else [], dtype=self.dtype)
+            yield piece.split, np.concatenate([ids.astype(self.dtype), ending]), text_bytes, int(piece.last)
 
 
 class _Writer:

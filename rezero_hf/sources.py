@@ -20,6 +20,7 @@ import numpy as np
 
 from .errors import UserError
 
+
 SPLITS = ("train", "validation", "test")
 # A document longer than this is handed out in pieces of about this many bytes, cut at line ends where there are any.
 PIECE_BYTES = 1 << 20

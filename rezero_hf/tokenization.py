@@ -7,7 +7,7 @@ byte, so the two compare; `token_byte_lengths` supplies the denominator.
 
 Text that happens to contain a special's name, such as `<|endoftext|>`, is read as that special by a normal call, as
 everywhere in Transformers, and still decodes to the same text. Pass `split_special_tokens=True` to get its characters
-instead; the packer in `data.py` always does, so a document can never forge its own end.
+instead; the packer in `shards.py` always does, so a document can never forge its own end.
 """
 
 import hashlib
@@ -20,6 +20,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .sources import DataError
+
 
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"

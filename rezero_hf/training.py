@@ -1,4 +1,4 @@
-"""What Transformers' Trainer lacks for ReZero pretraining, and nothing else: gate groups, bits per byte, our records."""
+"""What Transformers' Trainer lacks for ReZero pretraining, and nothing else: gate groups, bits per byte, records."""
 
 import math
 import time
@@ -48,10 +48,11 @@ class ReZeroTrainer(Trainer):
     Takes what `Trainer` takes, and:
 
     Args:
-        token_bytes: how many bytes of text each token id stands for (`tokenization.token_byte_lengths`), specials 0. With it,
-            losses are also logged in bits per byte, and evaluation sums over the text: every token of `shift_labels` counts
-            once and every byte weighs the same, whatever the batch size, the padding or the number of processes. Without
-            it (None, default) evaluation is the library's.
+        token_bytes: how many bytes of text each token id stands for (`tokenization.token_byte_lengths`), specials 0.
+            With it,
+            losses are also logged in bits per byte, and evaluation sums over the text: every token of `shift_labels`
+            counts once and every byte weighs the same, whatever the batch size, the padding or the number of
+            processes. Without it (None, default) evaluation is the library's.
         run_dir: where `metrics.jsonl` goes; None (default) writes none.
     """
 
@@ -76,7 +77,7 @@ class ReZeroTrainer(Trainer):
         self._interval_start = time.perf_counter()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """`make_optimizer` with the words of `ReZeroTrainingArguments`, or the library's optimiser under its own arguments."""
+        """`make_optimizer` with the words of `ReZeroTrainingArguments`; else the library's optimiser."""
         if self.optimizer is None and isinstance(self.args, ReZeroTrainingArguments):
             self.optimizer = make_optimizer(
                 self.model if model is None else model,
@@ -115,12 +116,12 @@ class ReZeroTrainer(Trainer):
         return metrics
 
     def evaluate_text(self, dataset: Dataset) -> dict[str, float]:
-        """Loss (nats per token), bits per byte, tokens and bytes of a whole data set, outside the run's metrics log."""
+        """Loss (nats per token), bits per byte, tokens and bytes of a whole data set, outside the metrics log."""
         metrics = self.predict(dataset, metric_key_prefix="eval").metrics
         return {name: metrics[f"eval_{name}"] for name in MEASURED}
 
     def prediction_step(self, model, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys=None):
-        """With `token_bytes`: (None, summed nats per row, [tokens, bytes] per row), from which `evaluate` makes its sums."""
+        """With `token_bytes`: (None, summed nats per row, [tokens, bytes] per row), which `evaluate` sums."""
         if self.token_bytes is None:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)

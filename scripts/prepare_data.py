@@ -7,11 +7,11 @@ Training does this by itself when the shards are missing. Do it first on a clust
 while all others wait, and on machines whose compute nodes have no network. A second call only checks what is there.
 """
 
-import sys
 from typing import Annotated
 
 import typer
 
+from rezero_hf.cli import run
 from rezero_hf.data import DataConfig, Source, prepare
 from rezero_hf.errors import UserError
 from rezero_hf.recipe import load_recipe
@@ -20,6 +20,7 @@ from rezero_hf.tokenization import load_tokenizer
 
 
 def main(
+    *,
     recipe: Annotated[str | None, typer.Argument(help="YAML recipe; its data section is used.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="data.key=value, over the recipe.")] = None,
     source: Annotated[list[str] | None, typer.Option(help="Instead of a recipe: text, any number of times.")] = None,
@@ -45,8 +46,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    run(main)

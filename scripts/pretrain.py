@@ -4,6 +4,7 @@ accelerate launch scripts/pretrain.py scripts/recipes/quickstart.yaml [training.
 """
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Annotated
@@ -66,9 +67,8 @@ def main(
     main_process = trainer.is_world_process_zero()
     tokens_per_step = blocks_per_step * plan.data.block_size
     if main_process:
-        print(
-            f"{plan.name}: {model.num_parameters():,} parameters, {args.max_steps:,} steps of {tokens_per_step:,} tokens"
-        )
+        size = f"{model.num_parameters():,} parameters"
+        print(f"{plan.name}: {size}, {args.max_steps:,} steps of {tokens_per_step:,} tokens")
         print(f"on {record['device']}, {args.world_size} process(es), {'bf16' if args.bf16 else 'fp32'}")
         if aside:
             print(f"an earlier run is kept in {aside}")
@@ -105,7 +105,7 @@ def main(
     print(f"\n--- 64 held-out tokens, continued by the model ---\n{tokenizer.decode(written[0])}\n---\n")
     for split, measured in results.items():
         print(f"{split}: {measured['bits_per_byte']:.3f} bits per byte over {measured['bytes']:,} bytes")
-    print(NEXT.format(folder=output / "model", recipe=recipe, steps=2 * args.max_steps))
+    print(NEXT.format(folder=os.path.relpath(folder), recipe=recipe, steps=2 * args.max_steps))
 
 
 if __name__ == "__main__":

@@ -6,25 +6,23 @@ The folder it writes is what a recipe's `data.tokenizer` takes, and a plain Tran
 out under the default fractions is not looked at, so bits per byte on it stay honest.
 """
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from rezero_hf.cli import run
 from rezero_hf.corpora import open_corpus
 from rezero_hf.data import DataConfig, Source
-from rezero_hf.errors import UserError
 from rezero_hf.tokenization import train_bpe
 
 
 def main(
+    *,
     output: Annotated[Path, typer.Option(help="Folder to write.")],
     source: Annotated[list[str], typer.Option(help="Text, any number of times.")] = ["python-stdlib"],  # noqa: B006
     vocab_size: Annotated[int, typer.Option(help="Ids in all, bytes and specials included.")] = 4096,
-    cache_dir: Annotated[Path, typer.Option(help="Where hashes of files are remembered.")] = Path(
-        "~/.cache/rezero_hf"
-    ),
+    cache_dir: Annotated[Path, typer.Option(help="Where hashes of files are remembered.")] = Path("~/.cache/rezero_hf"),
 ) -> None:
     """Train on all --source together and write --output."""
     defaults = DataConfig()
@@ -39,8 +37,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    run(main)

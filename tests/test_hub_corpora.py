@@ -1,5 +1,6 @@
 """Data sets read by the real `datasets` library, from local folders so that no network is needed."""
 
+import itertools
 import json
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from rezero_hf import hub_corpora
 from rezero_hf.corpora import open_corpus
 from rezero_hf.sources import SPLITS, DataError, Source
+
 
 modes = pytest.mark.parametrize("streaming", [False, True], ids=["downloaded", "streaming"])
 
@@ -63,7 +65,7 @@ def test_missing_splits_are_carved_by_document(tmp_path, streaming):
     texts = [f"document {i % 1000}" for i in range(2000)]
     pandas.DataFrame({"body": texts}).to_parquet(tmp_path / "set" / "train.parquet")
     found = texts_of(corpus_of(tmp_path / "set", tmp_path / "cache", streaming=streaming, text_column="body"))
-    assert sorted(sum(found.values(), [])) == sorted(texts)
+    assert sorted(itertools.chain(*found.values())) == sorted(texts)
     assert not set(found["train"]) & set(found["validation"]) | set(found["validation"]) & set(found["test"])
     assert all(140 < len(found[split]) < 260 for split in ("validation", "test"))
 
@@ -99,7 +101,7 @@ def test_identity_follows_the_data_and_the_fields(tmp_path):
 
 
 def test_without_a_network_the_last_known_version_counts(tmp_path, monkeypatch):
-    """A Hub id that was resolved once is still known when the Hub cannot be reached; a pinned commit is not even asked."""
+    """A Hub id that was resolved once is still known when the Hub is away; a pinned commit is not even asked."""
 
     class Builder:
         hash = "a" * 40
@@ -153,6 +155,6 @@ def test_bad_data_sets(tmp_path, streaming):
 
 def test_a_data_set_that_cannot_be_reached(tmp_path):
     """A name that leads nowhere gives one line with what to check."""
-    with pytest.raises(DataError, match="^hub:no-such-org/no-such-set cannot be read .*check its name") as error:
+    with pytest.raises(DataError, match=r"^hub:no-such-org/no-such-set cannot be read .*check its name") as error:
         corpus_of("no-such-org/no-such-set", tmp_path / "cache").identity()
     assert "\n" not in str(error.value)

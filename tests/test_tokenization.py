@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -20,6 +20,7 @@ from rezero_hf.tokenization import (
     tokenizer_fingerprint,
     train_bpe,
 )
+
 
 BYTES = byte_tokenizer()
 BPE = train_bpe(["def add(a, b):\n    return a + b\n", "naïve café 漢字 漢字 漢字 🙂🙂🙂\r\n"] * 4, 300)
@@ -47,6 +48,7 @@ def with_awkward(test):
 
 @both
 @with_awkward
+@settings(deadline=None)
 @given(text=st.text())
 def test_round_trip(tokenizer, text):
     """decode(encode(x)) == x for any text, with specials read as specials and as plain characters."""
@@ -55,6 +57,7 @@ def test_round_trip(tokenizer, text):
 
 
 @with_awkward
+@settings(deadline=None)
 @given(text=st.text())
 def test_byte_ids_are_byte_values(text):
     """Without specials the ids of the byte tokenizer are the UTF-8 bytes, which is what the packer writes directly."""
@@ -81,7 +84,7 @@ def test_batches_pad_left_and_carry_only_what_a_causal_model_takes(tokenizer):
     """A padded batch ends every prompt at the last position and has no token types."""
     batch = tokenizer(["a", "abc"], padding=True)
     assert set(batch) == {"input_ids", "attention_mask"}
-    assert batch["attention_mask"][0] == [0, 0, 1] or tokenizer is BPE
+    assert batch["attention_mask"] == [[0, 0, 1], [1, 1, 1]]
     assert batch["input_ids"][0][0] == tokenizer.pad_token_id
 
 
@@ -102,6 +105,7 @@ def test_saved_and_loaded_is_the_same(tokenizer, tmp_path):
 
 @both
 @with_awkward
+@settings(deadline=None)
 @given(text=st.text())
 def test_byte_lengths_add_up(tokenizer, text):
     """The byte lengths of a text's ids sum to the text's bytes, whatever characters the tokens cut."""
@@ -116,7 +120,7 @@ def test_byte_lengths_need_a_byte_level_tokenizer():
     """A word-level tokenizer is refused with the way out."""
     backend = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    with pytest.raises(DataError, match="not a byte-level tokenizer.*byte counts that the prepared data records"):
+    with pytest.raises(DataError, match=r"not a byte-level tokenizer.*byte counts that the prepared data records"):
         token_byte_lengths(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]"))
 
 

@@ -1,11 +1,12 @@
 """Configuration of the ReZero decoder language model."""
 
+import math
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.modeling_rope_utils import RopeParameters
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 
 @strict
@@ -13,47 +14,55 @@ class ReZeroConfig(PreTrainedConfig):
     """Everything that shapes a `ReZeroModel`. The default is a 12-layer, norm-free ReZero decoder over bytes.
 
     Size:
-        vocab_size (`int`, default 320): rows of the embedding. 256 bytes and three specials, padded to a multiple of 64, the
-            tile size of matrix units.
+        vocab_size (`int`, default 320): rows of the embedding. 256 bytes and three specials, padded to a multiple of
+            64, the tile size of matrix units.
         hidden_size (`int`, default 512): width d of the stream.
         intermediate_size (`int`, default 4 d, or 8/3 d rounded up to a multiple of 64 with `gated_mlp`): width of the
             feed-forward net; both give the same number of parameters. 4 d is the paper's.
-        num_hidden_layers (`int`, default 12): layers, each attention + feed-forward. 12 is the paper's main comparison.
-        num_attention_heads (`int`, default 8), num_key_value_heads (`int`, default equal), head_dim (`int`, default
-            d / heads): fewer key-value heads than heads is grouped-query attention.
+        num_hidden_layers (`int`, default 12): layers, each attention + feed-forward. 12 is the paper's main
+        comparison. num_attention_heads (`int`, default 8), num_key_value_heads (`int`, default equal), head_dim
+            (`int`, default d / heads): fewer key-value heads than heads is grouped-query attention.
         max_position_embeddings (`int`, default 1024): longest sequence, in tokens. Only learned positions enforce it.
 
     Residual form (`residual.py` has the equations):
         residual (default `"rezero"`): `rezero`, `rezero_pre_norm`, `pre_norm`, `post_norm`, `branch_norm` or `plain`.
         gate_init (`float`, default 0): initial alpha. 0 makes every layer the identity; 1 is the paper's ablation.
-        gate_sharing (default `"layer"`): one alpha for attention and feed-forward of a layer, as in the paper (section 4
-            and the authors' code), or one for each (`"sublayer"`).
-        norm (default `"layer"`): LayerNorm (`"layer"`, the paper's baselines) or RMSNorm (`"rms"`), wherever a norm is used.
-        norm_eps (`float`, default 1e-5): added to the variance; torch's and GPT-2's value.
-        final_norm (`bool`, default False): a norm between the last layer and the head. The paper has none. GPT-2 and Llama
+        gate_sharing (default `"layer"`): one alpha for attention and feed-forward of a layer, as in the paper (section
+            4 and the authors' code), or one for each (`"sublayer"`).
+        norm (default `"layer"`): LayerNorm (`"layer"`, the paper's baselines) or RMSNorm (`"rms"`), wherever a norm is
+        used. norm_eps (`float`, default 1e-5): added to the variance; torch's and GPT-2's value.
+        final_norm (`bool`, default False): a norm between the last layer and the head. The paper has none. GPT-2 and
+            Llama
             do: switch it on for a pre-norm baseline.
-        qk_norm (`bool`, default False): RMSNorm on each head's queries and keys. It hurt norm-free ReZero where we tried it.
+        qk_norm (`bool`, default False): RMSNorm on each head's queries and keys. It hurt norm-free ReZero where we
+            tried it.
 
     Scale. Nothing renormalises the stream, so these set the scale of everything:
-        embedding_std (`float`, default 1): standard deviation of the token embeddings as they enter layer 0. Unit variance
-            keeps every branch's input, and with it every gate's gradient, of order one: on a 12-layer byte-level model the
-            usual port (0.02 and one rate for all) ended at 3.4 bits per byte where 1.0 reached 2.30 in the same 500 steps.
-        embedding_multiplier (`float`, default sqrt(d)): the stored embedding is drawn with `embedding_std` divided by this,
-            and multiplied by it inside `ReZeroModel`, as in the original Transformer. A tied head then starts with logits
-            of order one (sqrt(d) on the input's own token) instead of d.
-        initializer_range (`float`, default None): None draws matrices with Xavier's normal rule, which keeps variance. A
+        embedding_std (`float`, default 1): standard deviation of the token embeddings as they enter layer 0. Unit
+            variance keeps every branch's input, and with it every gate's gradient, of order one: on a 12-layer
+            byte-level model the usual port (0.02 and one rate for all) ended at 3.4 bits per byte where 1.0 reached
+            2.30 in the same 500 steps.
+        embedding_multiplier (`float`, default sqrt(d)): the stored embedding is drawn with `embedding_std` divided by
+            this, and multiplied by it inside `ReZeroModel`, as in the original Transformer. A tied head then starts
+            with logits of order one (sqrt(d) on the input's own token) instead of d.
+        initializer_range (`float`, default None): None draws matrices with Xavier's normal rule, which keeps variance.
+            A
             number draws every matrix, the stored embedding included, with that standard deviation: 0.02 together with
-            `embedding_multiplier=1` is GPT-2's start, for baselines. ReZero starves on it (gradients of alpha near 1e-5).
+            `embedding_multiplier=1` is GPT-2's start, for baselines. ReZero starves on it (gradients of alpha near
+            1e-5).
 
     Inside the branches:
-        hidden_act (`str`, default `"gelu"`, the paper's), gated_mlp (`bool`, default False): `act(gate) * up` with True.
+        hidden_act (`str`, default `"gelu"`, the paper's), gated_mlp (`bool`, default False): `act(gate) * up` with
+            True.
         attention_bias, mlp_bias (`bool`, default True): biases of the projections, on as in the paper's code.
-        position_embedding (default `"rope"`): rotary, or `"learned"` absolute vectors added to the embedding, which cost
-            about 0.4 bits per byte in a norm-free net when drawn with std 1 (ours are drawn with 0.02, as GPT-2's).
+        position_embedding (default `"rope"`): rotary, or `"learned"` absolute vectors added to the embedding, which
+            cost about 0.4 bits per byte in a norm-free net when drawn with std 1 (ours are drawn with 0.02, as
+            GPT-2's).
         rope_parameters (`dict`, default theta 10000): as everywhere in Transformers.
-        attention_dropout (`float`, default 0): on attention probabilities. hidden_dropout (`float`, default 0): inside the
-            feed-forward net after the activation, and on every branch's output. Those are the places of the authors'
-            layers. embedding_dropout (`float`, default 0): on the stream as it enters layer 0 (authors' notebook).
+        attention_dropout (`float`, default 0): on attention probabilities. hidden_dropout (`float`, default 0): inside
+            the feed-forward net after the activation, and on every branch's output. Those are the places of the
+            authors' layers. embedding_dropout (`float`, default 0): on the stream as it enters layer 0 (authors'
+            notebook).
 
     Usual words of Transformers:
         tie_word_embeddings (`bool`, default False), use_cache (`bool`, default True), bos_token_id, eos_token_id,
@@ -121,29 +130,22 @@ class ReZeroConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
-        if self.num_attention_heads > 0 and self.head_dim is None:
+        divides = self.num_attention_heads > 0 and self.hidden_size % self.num_attention_heads == 0
+        if self.head_dim is None and divides:
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.intermediate_size is None:
-            self.intermediate_size = -(-8 * self.hidden_size // (3 * 64)) * 64 if self.gated_mlp else 4 * self.hidden_size
-        if self.embedding_multiplier is None:
+            gated = -(-8 * self.hidden_size // (3 * 64)) * 64
+            self.intermediate_size = gated if self.gated_mlp else 4 * self.hidden_size
+        if self.embedding_multiplier is None and self.hidden_size > 0:
             self.embedding_multiplier = self.hidden_size**0.5
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
-        """Checks across fields; run by `@strict` when the config is made and when it is saved."""
-        for field in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                      "num_key_value_heads", "head_dim", "max_position_embeddings"):  # fmt: skip
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field}={getattr(self, field)}: must be at least 1.")
-        for field in ("attention_dropout", "hidden_dropout", "embedding_dropout"):
-            if not 0.0 <= getattr(self, field) < 1.0:
-                raise ValueError(f"{field}={getattr(self, field)}: a dropout probability must be in [0, 1).")
-        for field in ("norm_eps", "embedding_std", "embedding_multiplier"):
-            if getattr(self, field) <= 0:
-                raise ValueError(f"{field}={getattr(self, field)}: must be positive.")
-        if self.hidden_size != self.head_dim * self.num_attention_heads and self.hidden_size % self.num_attention_heads:
+        """Checks beyond types; run by `@strict` when the config is made and when it is saved."""
+        self._check_ranges()
+        if self.head_dim is None:
             raise ValueError(
                 f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}; "
                 "change one of them or set head_dim."
@@ -155,15 +157,33 @@ class ReZeroConfig(PreTrainedConfig):
             )
         if self.position_embedding == "rope" and self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim}: rotary positions turn pairs of features, so it must be even.")
+        rope_type = self.rope_parameters["rope_type"]
+        if rope_type != "default" and rope_type not in ROPE_INIT_FUNCTIONS:
+            known = ", ".join(sorted({"default", *ROPE_INIT_FUNCTIONS}))
+            raise ValueError(f"rope_parameters: rope_type={rope_type!r} is unknown; one of {known}.")
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act={self.hidden_act!r} is unknown; one of {', '.join(sorted(ACT2FN))}.")
+
+    def _check_ranges(self):
+        for field in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                      "num_key_value_heads", "head_dim", "max_position_embeddings"):  # fmt: skip
+            if getattr(self, field) is not None and getattr(self, field) < 1:
+                raise ValueError(f"{field}={getattr(self, field)}: must be at least 1.")
+        for field in ("attention_dropout", "hidden_dropout", "embedding_dropout"):
+            if not 0.0 <= getattr(self, field) < 1.0:
+                raise ValueError(f"{field}={getattr(self, field)}: a dropout probability must be in [0, 1).")
+        for field in ("norm_eps", "embedding_std", "embedding_multiplier", "initializer_range"):
+            if getattr(self, field) is not None and not 0.0 < getattr(self, field) < math.inf:
+                raise ValueError(f"{field}={getattr(self, field)}: must be positive.")
+        if not math.isfinite(self.gate_init):
+            raise ValueError(f"gate_init={self.gate_init}: must be a finite number; 0 is ReZero.")
 
     @classmethod
     def paper(cls, num_hidden_layers: int = 12, **kwargs) -> "ReZeroConfig":
         """The paper's enwik8 language model (section 4.2): context 512, GELU, dropout 0.2, 2 heads.
 
-        Up to 12 layers d is 512 with a feed-forward width of 2048; deeper ones (Table 3: 64 and 128 layers) have d 256 and
-        1024. The paper does not say how it encodes positions; this keeps our default, rotary.
+        Up to 12 layers d is 512 with a feed-forward width of 2048; deeper ones (Table 3: 64 and 128 layers) have d 256
+        and 1024. The paper does not say how it encodes positions; this keeps our default, rotary.
 
         Args:
             num_hidden_layers: depth.

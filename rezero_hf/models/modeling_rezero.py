@@ -1,8 +1,8 @@
 """The ReZero decoder language model (arXiv 2003.04887, section 4), as a Transformers model.
 
-`residual.py` holds the paper's equations. Departures from the paper's Transformer, each a word of `ReZeroConfig`: rotary
-positions by default; unit-variance embeddings, because no norm will repair their scale. Everything that is not plain is in
-`ReZeroModel`; the head is one linear map, because serving engines bring their own.
+`residual.py` holds the paper's equations. Departures from the paper's Transformer, each a word of `ReZeroConfig`:
+rotary positions by default; unit-variance embeddings, because no norm will repair their scale. Everything that is not
+plain is in `ReZeroModel`; the head is one linear map, because serving engines bring their own.
 """
 
 from collections.abc import Callable
@@ -66,8 +66,8 @@ class ReZeroRotaryEmbedding(nn.Module):
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Turn each pair (x_i, x_{i + head_dim/2}) of `x` (batch, heads, tokens, head_dim) by its position's angle."""
-    # Under autocast the angles follow the fp32 stream and x is bf16: without the cast the products would be fp32, which
-    # attention throws away again at once (a tenth of a training step on a CPU).
+    # Under autocast the angles follow the fp32 stream and x is bf16: without the cast the products would be fp32,
+    # which attention throws away again at once (a tenth of a training step on a CPU).
     cos, sin = cos.unsqueeze(1).to(x.dtype), sin.unsqueeze(1).to(x.dtype)
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
@@ -95,7 +95,7 @@ def eager_attention_forward(
 
 
 class ReZeroAttention(nn.Module):
-    """The attention branch F: multi-head (or grouped-query) self-attention, then dropout (authors' layer: `dropout1`)."""
+    """The attention branch F: multi-head or grouped-query self-attention, then dropout (authors' layer: `dropout1`)."""
 
     def __init__(self, config: ReZeroConfig, layer_idx: int):
         super().__init__()
@@ -194,8 +194,8 @@ class ReZeroDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.self_attn = ReZeroAttention(config, layer_idx)
         self.mlp = ReZeroGatedMLP(config) if config.gated_mlp else ReZeroMLP(config)
-        # Named as the norm whose place it takes: every trainer exempts `_norm.` from weight decay, and so alpha. Registered
-        # last, because pipeline stages read their dtype off a layer's first parameter and alpha stays fp32.
+        # Named as the norm whose place it takes: every trainer exempts `_norm.` from weight decay, and so alpha.
+        # Registered last, because pipeline stages read their dtype off a layer's first parameter and alpha stays fp32.
         self.residual_norm = residual_of(config)
 
     def forward(
@@ -252,7 +252,8 @@ class ReZeroPreTrainedModel(PortablePreTrainedModel):
         | residual forms        | alpha = gate_init                             |      |
 
         `initializer_range`, when set, is the standard deviation of all Linears and of the token embedding instead.
-        Transformers never calls this for modules of custom code that own no parameter themselves, so roles are tags on leaves.
+        Transformers never calls this for modules of custom code that own no parameter themselves, so roles are tags on
+        leaves.
         """
         std = self.config.initializer_range
         if isinstance(module, nn.Linear):
@@ -315,7 +316,8 @@ class ReZeroModel(ReZeroPreTrainedModel):
             use_cache: keep keys and values for the tokens to come.
 
         Raises:
-            ValueError: both or neither of `input_ids` and `inputs_embeds`; more tokens than there are learned positions.
+            ValueError: both or neither of `input_ids` and `inputs_embeds`; more tokens than there are learned
+                positions.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
@@ -337,6 +339,7 @@ class ReZeroModel(ReZeroPreTrainedModel):
         hidden_states = inputs_embeds * self.config.embedding_multiplier
         position_embeddings = None
         if self.embed_positions is not None:
+            self._check_learned_positions(position_ids)
             hidden_states = hidden_states + self.embed_positions(position_ids)
         else:
             position_embeddings = self.rotary_emb(hidden_states, position_ids)
@@ -351,6 +354,17 @@ class ReZeroModel(ReZeroPreTrainedModel):
                 **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _check_learned_positions(self, position_ids: torch.LongTensor):
+        # Reading the largest position would stall an accelerator and break a compiled graph: there the lookup itself
+        # fails.
+        if position_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+            last, limit = int(position_ids.max()), self.config.max_position_embeddings
+            if last >= limit:
+                raise ValueError(
+                    f"position {last} is beyond the {limit} learned positions (max_position_embeddings): shorten the "
+                    'input or the generation, or train with position_embedding="rope".'
+                )
 
 
 class ReZeroForCausalLM(ReZeroPreTrainedModel, GenerationMixin):

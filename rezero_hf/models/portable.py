@@ -12,10 +12,11 @@ from transformers.modeling_utils import PreTrainedModel
 class PortablePreTrainedModel(PreTrainedModel):
     """A `PreTrainedModel` whose every save also writes the whole `auto_map` and the model's source files.
 
-    The library's own way, `register_for_auto_class`, writes only the entry of the class being saved, finds the source through
-    the class at run time (under FSDP2 that is a generated class in torch's own files, so torch's files are what it copies),
-    and is switched on behind the user's back when `AutoModel` loads remote code. So it is a no-op here, and saving does the
-    work itself: `Trainer`, `push_to_hub`, a PEFT merge and FSDP2 all end in `save_pretrained`.
+    The library's own way, `register_for_auto_class`, writes only the entry of the class being saved, finds the source
+    through the class at run time (under FSDP2 that is a generated class in torch's own files, so torch's files are
+    what it copies), and is switched on behind the user's back when `AutoModel` loads remote code. So it is a no-op
+    here, and saving does the work itself: `Trainer`, `push_to_hub`, a PEFT merge and FSDP2 all end in
+    `save_pretrained`.
 
     Subclasses set `auto_classes`: the Auto class names mapped to the class names of their own module.
     """

@@ -1,11 +1,12 @@
 """The residual forms: every way a branch `F` may join the stream `x`, one class and one line of forward each.
 
 Table 1 and section 3 of "ReZero is All You Need" (arXiv 2003.04887), in its symbols: `x` is the stream, `f` the branch
-(attention, feed-forward, convolutions), `N` a norm, `alpha` the gate. A model picks its class from `RESIDUAL_FORMS` with one
-config word; no block has an `if` on the form.
+(attention, feed-forward, convolutions), `N` a norm, `alpha` the gate. A model picks its class from `RESIDUAL_FORMS`
+with one config word; no block has an `if` on the form.
 
-One residual module serves all branches of a layer (a Transformer layer has two), because the paper shares one alpha between
-attention and feed-forward, and two modules holding the same parameter would be a shared tensor that refuses to be saved.
+One residual module serves all branches of a layer (a Transformer layer has two), because the paper shares one alpha
+between attention and feed-forward, and two modules holding the same parameter would be a shared tensor that refuses to
+be saved.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,14 +21,14 @@ class Residual(nn.Module):
 
     Args:
         branches: names of the branches this module joins to the stream, in the order they are called.
-        make_norm: builds one norm over the stream's features. Called once per branch by the forms that use norms, never by
-            the others.
+        make_norm: builds one norm over the stream's features. Called once per branch by the forms that use norms,
+            never by the others.
         gate_init: initial value of every gate. 0 is ReZero; 1 is the paper's ablation (a plain residual net at start).
         share_gate: one gate for all branches (the paper, section 4) or one for each.
 
-    `alpha` has shape (1,) when shared, else (number of branches,); never 0-d, which FSDP refuses. It stays fp32 when the
-    model is loaded in a 16-bit type (`_keep_in_fp32_modules_strict`) and is cast where it is used: a (1,)-shaped fp32 tensor
-    would otherwise turn a bf16 stream into fp32.
+    `alpha` has shape (1,) when shared, else (number of branches,); never 0-d, which FSDP refuses. It stays fp32 when
+    the model is loaded in a 16-bit type (`_keep_in_fp32_modules_strict`) and is cast where it is used: a (1,)-shaped
+    fp32 tensor would otherwise turn a bf16 stream into fp32.
     """
 
     has_gate: ClassVar[bool] = False

@@ -1,0 +1,73 @@
+"""What every test shares: no network, one thread, and models small enough to make hundreds of."""
+
+import os
+
+
+# Read when the libraries are imported, so before any of them is.
+for offline in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
+    os.environ[offline] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from rezero_hf import ReZeroConfig, ReZeroForCausalLM, byte_tokenizer  # noqa: E402
+
+
+TINY = {
+    "vocab_size": 259,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    """Makes a configuration of a tiny byte-level model; keyword arguments change fields."""
+    return lambda **changes: ReZeroConfig(**{**TINY, **changes})
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_config):
+    """Makes a tiny model in eval mode with every alpha different and none 0; keyword arguments change fields.
+
+    At alpha = 0 most equivalences hold for any code at all. A test about the start passes `gate_init`, which is then
+    kept.
+    """
+
+    def make(model_class=ReZeroForCausalLM, seed=0, **changes):
+        torch.manual_seed(seed)
+        model = model_class(tiny_config(**changes)).eval()
+        if "gate_init" not in changes:
+            switch_on(model)
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """The 256 bytes and three specials."""
+    return byte_tokenizer()
+
+
+@pytest.fixture
+def ids():
+    """Two rows of twelve random bytes."""
+    return torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(1))
+
+
+def switch_on(model):
+    """Give every parameter that starts at a constant (alpha, biases, norms) a value of its own."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if name.endswith("alpha"):
+                parameter.copy_(0.7 + 0.2 * noise)
+            elif parameter.ndim == 1:
+                parameter.add_(0.1 * noise)

@@ -1,0 +1,112 @@
+"""Every parameter is in one group, gates are never decayed, and each optimiser trains a model."""
+
+import pytest
+import torch
+
+from rezero_hf import ReZeroForCausalLM, gates, make_optimizer, parameter_groups
+from rezero_hf.models import ReZeroConfig
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    config = ReZeroConfig(
+        vocab_size=64,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        residual="rezero_pre_norm",
+        gate_init=0.5,
+    )
+    return ReZeroForCausalLM(config)
+
+
+def test_every_trainable_parameter_is_in_exactly_one_group(model):
+    """The groups partition the trainable parameters; frozen ones are in none."""
+    model.lm_head.weight.requires_grad_(False)
+    grouped = [id(parameter) for group in parameter_groups(model, lr=1.0) for parameter in group["params"]]
+    assert len(grouped) == len(set(grouped))
+    assert set(grouped) == {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+
+
+def test_only_matrices_are_decayed_and_gates_have_their_own_rate(model):
+    """Embeddings, biases, norms and gates get no decay; the gates' rate is lr times the multiplier."""
+    groups = {g["name"]: g for g in parameter_groups(model, lr=0.1, weight_decay=0.3, gate_lr_multiplier=5.0)}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    members = {name: {names[id(parameter)] for parameter in group["params"]} for name, group in groups.items()}
+    assert members["gates"] == set(gates(model)) == {f"model.layers.{n}.residual_norm.alpha" for n in range(2)}
+    assert all(name.endswith("_proj.weight") or name == "lm_head.weight" for name in members["matrices"])
+    assert "model.embed_tokens.weight" in members["vectors"]
+    assert {name: group["weight_decay"] for name, group in groups.items()} == {
+        "matrices": 0.3,
+        "vectors": 0.0,
+        "gates": 0.0,
+    }
+    assert groups["gates"]["lr"] == pytest.approx(0.5)
+    assert groups["matrices"]["lr"] == groups["vectors"]["lr"] == pytest.approx(0.1)
+
+
+def test_a_tied_head_counts_as_an_embedding():
+    """A weight that is embedding and head at once is not decayed, and is there once."""
+    config = ReZeroConfig(
+        vocab_size=80, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, tie_word_embeddings=True
+    )
+    groups = {g["name"]: g["params"] for g in parameter_groups(ReZeroForCausalLM(config), lr=1.0)}
+    assert sum(parameter.shape == (80, 16) for parameter in groups["vectors"]) == 1
+    assert all(parameter.shape != (80, 16) for parameter in groups["matrices"])
+
+
+def test_groups_know_gates_under_a_wrapper(model):
+    """DDP and compile put a prefix before the names; gates are still found."""
+    wrapped = torch.nn.ModuleDict({"module": model})
+    assert len(gates(wrapped)) == len(gates(model)) == 2
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lamb", "muon"])
+def test_each_optimiser_lowers_the_loss_and_moves_gates_from_zero(optimizer):
+    """Thirty steps on one batch: the loss falls, and every gate has left 0."""
+    torch.manual_seed(0)
+    model = ReZeroForCausalLM(ReZeroConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2))
+    optim = make_optimizer(model, optimizer, lr=1e-2, weight_decay=0.1)
+    ids = torch.randint(0, 64, (4, 16))
+    losses = []
+    for _ in range(30):
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        optim.step()
+        optim.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    assert all(alpha.abs().item() > 1e-4 for alpha in gates(model).values())
+
+
+def test_zero_gradients_and_strong_decay_leave_gates_alone():
+    """Decay 10 with zero gradients moves the matrices and not one gate, with every optimiser."""
+    for optimizer in ("adamw", "lamb", "muon"):
+        torch.manual_seed(0)
+        config = ReZeroConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, gate_init=0.5)
+        model = ReZeroForCausalLM(config)
+        before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        optim = make_optimizer(model, optimizer, lr=1e-2, weight_decay=10.0)
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optim.step()
+        moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+        assert "model.layers.0.mlp.up_proj.weight" in moved, optimizer
+        assert not moved & set(gates(model)), optimizer
+        assert "model.embed_tokens.weight" not in moved, optimizer
+
+
+def test_muon_takes_the_matrices_inside_the_layers_only(model):
+    """The head's rows are one vector per word: AdamW updates them, and the embedding, and every vector and gate."""
+    optim = make_optimizer(model, "muon", lr=1e-2, matrix_lr_multiplier=3.0)
+    by_muon = [group for group in optim.param_groups if group["use_muon"]]
+    assert [group["lr"] for group in by_muon] == [pytest.approx(3e-2)]
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    taken = {names[id(parameter)] for group in by_muon for parameter in group["params"]}
+    assert taken == {name for name in names.values() if name.endswith("_proj.weight")}
+
+
+def test_an_unknown_optimiser_is_one_clear_line(model):
+    with pytest.raises(ValueError, match="optimizer='adam' is unknown; one of adamw, lamb, muon"):
+        make_optimizer(model, "adam", lr=1.0)

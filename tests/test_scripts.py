@@ -1,0 +1,105 @@
+"""The commands as a user types them: every recipe runs small, and a mistake is one line, not a traceback."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rezero_hf import load_recipe, verify_folder
+from rezero_hf.runs import read_metrics
+
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "scripts" / "recipes").glob("*.yaml"))
+
+
+def launch(*arguments, cwd=ROOT):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--num_processes", "1"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command += [str(ROOT / "scripts" / "pretrain.py"), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=300)
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"line {n} says {n * n}\n" for n in range(600)))
+    return [f"data.sources={path}", f"data.cache_dir={tmp_path / 'cache'}"]
+
+
+def test_there_are_recipes():
+    assert "quickstart" in {recipe.stem for recipe in RECIPES}
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
+def test_a_recipe_opens_with_claim_command_cost_and_expected_number(recipe):
+    head = recipe.read_text().partition("\nmodel:")[0]
+    for word in ("Claim", "Command", "Cost", "Expected"):
+        assert f"# {word}" in head, f"{recipe.name} does not say its {word}"
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
+def test_a_recipe_runs_small_from_the_command_line(recipe, corpus, tmp_path):
+    """One command gives a run folder with everything recorded, and a folder that verifies as publishable."""
+    output = tmp_path / "run"
+    done = launch(recipe, "--smoke", "--output", output, *corpus)
+    assert done.returncode == 0, done.stderr[-3000:]
+    verify_folder(output / "model")
+    assert load_recipe(output / "recipe.yaml").name == load_recipe(recipe).name
+    record = json.loads((output / "run.json").read_text())
+    assert {"command", "started", "finished", "versions", "git", "device", "data", "parameters"} <= set(record)
+    for split in ("validation", "test"):
+        assert 0 < record["results"][split]["bits_per_byte"] < 20
+        assert f"{split}: {record['results'][split]['bits_per_byte']:.3f} bits per byte" in done.stdout
+    metrics = read_metrics(output / "metrics.jsonl")
+    assert {row["event"] for row in metrics} == {"train", "eval"}
+    for figure in ("loss", "gates"):
+        assert (output / "model" / "figures" / f"{figure}.png").stat().st_size > 5000
+    for promised in ("continued by the model", "model/figures/gates.png", "pipeline('text-generation'", "max_steps="):
+        assert promised in done.stdout
+
+
+def test_the_printed_next_command_runs(corpus, tmp_path):
+    """What a finished run tells the user to type works as it stands."""
+    done = launch(ROOT / "scripts" / "recipes" / "quickstart.yaml", "--smoke", *corpus, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    command = done.stdout.partition("write more text")[2].partition("\n")[0].strip()
+    code = command.removeprefix('python -c "').removesuffix('"')
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.startswith("class ")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["training.max_stps=1"], "key 'max_stps' is unknown; did you mean 'max_steps'?"),
+        (["data.sources=no/such/place"], "no/such/place"),
+        (["model.vocab_size=64"], "model.vocab_size=64 is smaller than the 259 tokens"),
+        (["training.global_batch_size=3", "training.per_device_train_batch_size=2"], "is not a multiple of the 2"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_leaves_nothing(overrides, message, tmp_path):
+    done = launch(ROOT / "scripts" / "recipes" / "quickstart.yaml", "--smoke", *overrides, cwd=tmp_path)
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and message in lines[0], done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_second_run_keeps_the_first(corpus, tmp_path):
+    recipe = tmp_path / "tiny.yaml"
+    document = yaml.safe_load((ROOT / "scripts" / "recipes" / "quickstart.yaml").read_text())
+    document["model"]["num_hidden_layers"] = 1
+    recipe.write_text(yaml.safe_dump(document))
+    for _ in range(2):
+        assert launch(recipe, "--smoke", *corpus, cwd=tmp_path).returncode == 0
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"tiny", "tiny.1"}
+    for name in ("tiny", "tiny.1"):
+        assert (tmp_path / "runs" / name / "model" / "model.safetensors").exists()

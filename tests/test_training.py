@@ -1,0 +1,150 @@
+"""ReZeroTrainer: gate groups, bits per byte that weigh every byte once, and a record of the run."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from rezero_hf import ReZeroConfig, ReZeroForCausalLM, ReZeroTrainer, ReZeroTrainingArguments
+from rezero_hf.data import DataConfig, EvalBlocks, TrainBlocks, prepare
+from rezero_hf.errors import UserError
+from rezero_hf.runs import new_run_dir, read_metrics
+from rezero_hf.sources import Source
+from rezero_hf.tokenization import byte_tokenizer, token_byte_lengths
+from rezero_hf.training import sequences_per_step, training_steps
+
+
+BLOCK = 16
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    (folder / "text.txt").write_text("".join(f"line {n} says {n * n}\n" for n in range(400)))
+    config = DataConfig(
+        sources=[Source(source=str(folder / "text.txt"))], block_size=BLOCK, cache_dir=str(folder / "cache")
+    )
+    return prepare(config, byte_tokenizer(), progress=False)
+
+
+def trainer_for(prepared, tmp_path, run_dir=None, gate_init=0.0, **arguments):
+    torch.manual_seed(0)
+    config = ReZeroConfig(
+        vocab_size=320, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, gate_init=gate_init
+    )
+    settings = {"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "disable_tqdm": True}
+    args = ReZeroTrainingArguments(output_dir=str(tmp_path / "out"), **{**settings, "save_strategy": "no", **arguments})
+    return ReZeroTrainer(
+        ReZeroForCausalLM(config),
+        args,
+        train_dataset=TrainBlocks(prepared, args.seed, args.max_steps * sequences_per_step(args)),
+        eval_dataset=EvalBlocks(prepared, "validation"),
+        processing_class=byte_tokenizer(),
+        token_bytes=token_byte_lengths(byte_tokenizer()),
+        run_dir=run_dir,
+    )
+
+
+def test_bits_per_byte_is_the_sum_over_the_text_whatever_the_batch_size(prepared, tmp_path):
+    """Equal to a token-by-token sum computed here, for batch sizes that do and do not divide the number of blocks."""
+    blocks = EvalBlocks(prepared, "validation")
+    trainer = trainer_for(prepared, tmp_path, gate_init=0.5)
+    nats = tokens = text = 0
+    for block in blocks:
+        logits = trainer.model(block["input_ids"][None]).logits[0]
+        for position, target in enumerate(block["shift_labels"].tolist()):
+            if target != -100:
+                nats -= nn.functional.log_softmax(logits[position], dim=-1)[target].item()
+                tokens += 1
+                text += target < 256
+    for size in (1, 3, 64):
+        trainer = trainer_for(prepared, tmp_path, gate_init=0.5, per_device_eval_batch_size=size)
+        measured = trainer.evaluate_text(blocks)
+        assert (measured["tokens"], measured["bytes"]) == (tokens, text)
+        assert measured["loss"] == pytest.approx(nats / tokens, rel=1e-5)
+        assert measured["bits_per_byte"] == pytest.approx(nats / math.log(2) / text, rel=1e-5)
+
+
+def test_a_run_records_steps_evaluations_and_every_gate(prepared, tmp_path):
+    """metrics.jsonl: loss, bits per byte, gradient norm, rate, speed at each log; every alpha at each evaluation."""
+    arguments = {"logging_steps": 1, "eval_strategy": "steps", "eval_steps": 2}
+    trainer_for(prepared, tmp_path, run_dir=tmp_path / "run", **arguments).train()
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    steps = [row for row in rows if row["event"] == "train"]
+    assert [row["step"] for row in steps] == [1, 2, 3, 4]
+    for row in steps:
+        assert {"loss", "bits_per_byte", "grad_norm", "learning_rate", "tokens_per_second"} <= set(row)
+        assert row["bits_per_byte"] == pytest.approx(row["loss"] / math.log(2), rel=0.1)
+        assert row["tokens_per_second"] > 0
+    evaluations = [row for row in rows if row["event"] == "eval"]
+    assert [(row["step"], row["split"]) for row in evaluations] == [(2, "validation"), (4, "validation")]
+    for row in evaluations:
+        assert set(row["alpha"]) == {f"model.layers.{n}.residual_norm.alpha" for n in range(2)}
+        assert all(len(value) == 1 and value[0] != 0 for value in row["alpha"].values())
+
+
+def test_training_accumulates_to_the_same_weights(prepared, tmp_path):
+    """One pass of 8 sequences and four of 2 give the same weights: the loss is a mean over all targets of the step."""
+    weights = []
+    for per_device in (8, 2):
+        trainer = trainer_for(prepared, tmp_path, global_batch_size=8, per_device_train_batch_size=per_device)
+        trainer.train()
+        weights.append(torch.cat([parameter.flatten() for parameter in trainer.model.parameters()]))
+    assert torch.allclose(*weights, atol=2e-4)
+
+
+def test_the_same_seed_trains_the_same_and_another_does_not(prepared, tmp_path):
+    def final(seed):
+        trainer = trainer_for(prepared, tmp_path, seed=seed)
+        trainer.train()
+        return trainer.model.lm_head.weight
+
+    assert torch.equal(final(1), final(1))
+    assert not torch.equal(final(1), final(2))
+
+
+def test_the_optimiser_is_ours_with_gate_groups(prepared, tmp_path):
+    """Recipe words reach the optimiser, and the schedule scales every group's own rate."""
+    trainer = trainer_for(prepared, tmp_path, gate_lr_multiplier=3.0, weight_decay=0.1, lr_scheduler_type="linear")
+    trainer.create_optimizer_and_scheduler(4)
+    groups = {group["name"]: group for group in trainer.optimizer.param_groups}
+    assert groups["gates"]["lr"] == pytest.approx(3e-2) and groups["gates"]["weight_decay"] == 0.0
+    assert groups["matrices"]["lr"] == pytest.approx(1e-2) and groups["matrices"]["weight_decay"] == 0.1
+
+
+def test_epochs_become_steps(prepared, tmp_path):
+    """`num_train_epochs` passes over the training blocks, rounded up to whole steps; none is an error."""
+    blocks = prepared.totals("train")["tokens"] // BLOCK
+    args = trainer_for(prepared, tmp_path).args
+    args.max_steps, args.num_train_epochs = -1, 2.0
+    assert training_steps(args, prepared) == math.ceil(2 * blocks / 4)
+    args.num_train_epochs = 0.0
+    with pytest.raises(UserError, match=r"num_train_epochs=0.0 gives no step; raise it or set max_steps"):
+        training_steps(args, prepared)
+
+
+@pytest.mark.parametrize("tracker", ["tensorboard", "trackio"])
+def test_trackers_record_the_run(prepared, tmp_path, monkeypatch, tracker):
+    """`report_to` works: the tracker's own files hold the run afterwards."""
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tensorboard"))
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    trainer_for(prepared, tmp_path, report_to=[tracker], logging_steps=1, project="demo").train()
+    files = [path for path in (tmp_path / tracker).rglob("*") if path.is_file() and path.stat().st_size > 0]
+    assert files
+
+
+def test_an_earlier_run_is_moved_aside_not_overwritten(tmp_path):
+    run = tmp_path / "run"
+    assert new_run_dir(run) is None
+    (run / "metrics.jsonl").write_text("first")
+    assert new_run_dir(run) == tmp_path / "run.1"
+    assert not list(run.iterdir()) and (tmp_path / "run.1" / "metrics.jsonl").read_text() == "first"
+    (run / "metrics.jsonl").write_text("second")
+    assert new_run_dir(run) == tmp_path / "run.2"
+
+
+def test_a_run_folder_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/run: no run can be written there \(Not a directory\)"):
+        new_run_dir(tmp_path / "file" / "run")
