@@ -273,8 +273,10 @@ def _eval_results(run: Mapping[str, Any], sources: list[str]) -> list[EvalResult
         )
         for split, measured in _splits(run).items()
         for metric, value in measured.items()
-        # The Hub's metadata are JSON, which has no word for them; the card's table says so instead.
-        if math.isfinite(value)
+        # Counts of what was measured on are no metrics.
+        if not isinstance(value, int)
+        # The Hub's metadata are JSON, which has no word for infinities; the card's table says so instead.
+        and math.isfinite(value)
     ]
 
 
@@ -287,9 +289,11 @@ def _licence(license: str, known: list[dict], sources: list[str]) -> str:
     return text
 
 
-def _number(value: float | None) -> str:
+def _number(value: float | int | None) -> str:
     if value is None:
         return ""
+    if isinstance(value, int):
+        return f"{value:,}"
     return f"{value:.4f}" if math.isfinite(value) else "not finite (diverged)"
 
 

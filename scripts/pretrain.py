@@ -100,9 +100,11 @@ def main(
         recipe_text=plan.resolved(config),
     )
 
-    prompt = held_out["test"][0]["input_ids"][None, :64].to(model.device)
-    written = model.eval().generate(prompt, max_new_tokens=256, do_sample=True, temperature=0.8, use_cache=True)
-    print(f"\n--- 64 held-out tokens, continued by the model ---\n{tokenizer.decode(written[0])}\n---\n")
+    given = plan.data.block_size // 4
+    prompt = held_out["test"][0]["input_ids"][None, :given].to(model.device)
+    new = {"max_new_tokens": plan.data.block_size - given, "do_sample": True, "temperature": 0.8, "use_cache": True}
+    written = tokenizer.decode(model.eval().generate(prompt, **new)[0], skip_special_tokens=True)
+    print(f"\n--- {given} held-out tokens, continued by the model ---\n{written}\n---\n")
     for split, measured in results.items():
         print(f"{split}: {measured['bits_per_byte']:.3f} bits per byte over {measured['bytes']:,} bytes")
     print(NEXT.format(folder=os.path.relpath(folder), recipe=recipe, steps=2 * args.max_steps))

@@ -148,6 +148,8 @@ def test_json_round_trip(tmp_path):
          "hidden_size=512 is not a multiple of num_attention_heads=7; change one of them or set head_dim."),
         ("rope_parameters", {"rope_type": "roap"},
          "rope_parameters: rope_type='roap' is unknown; one of default, dynamic, linear, llama3, longrope, proportional, yarn."),
+        ("rope_parameters", {"rope_type": "default", "partial_rotary_factor": 0.5},
+         "rope_parameters: partial_rotary_factor=0.5 only works with rope_type='proportional'; leave it out."),
     ],
 )  # fmt: skip
 def test_a_value_out_of_range_is_one_line(field, value, says):

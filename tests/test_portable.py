@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from rezero_hf import ReZeroConfig, ReZeroForCausalLM, ReZeroModel
@@ -179,6 +180,34 @@ def test_a_hub_model_saved_again_points_to_itself(folder, ids, model, tmp_path):
     finish(start(tmp_path, CAUSAL_LM, "org/name", tmp_path / "again", HF_HUB_CACHE=str(tmp_path / "hub")))
     assert_whole(tmp_path / "again")
     assert torch.equal(torch.load(tmp_path / "again.pt"), model(ids).logits)
+
+
+SHARDED = """
+import torch
+from torch.distributed import device_mesh, fsdp, init_process_group
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from transformers import AutoModelForCausalLM
+init_process_group("gloo", init_method=f"file://{out}_store", rank=0, world_size=1)
+mesh = device_mesh.init_device_mesh("cpu", (1,))
+model = AutoModelForCausalLM.from_pretrained(folder, **remote)
+for layer in model.model.layers:
+    fsdp.fully_shard(layer.residual_norm, mesh=mesh)
+    fsdp.fully_shard(layer, mesh=mesh)
+fsdp.fully_shard(model, mesh=mesh)
+assert type(model).__name__.startswith("FSDP"), type(model)
+whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+model.save_pretrained(out, state_dict=whole)
+"""
+
+
+def test_a_sharded_model_saves_our_sources_not_torchs(folder, tmp_path):
+    """FSDP2 swaps the class of a loaded model for one of its own; what is saved is still the whole folder, bit for bit."""
+    finish(start(tmp_path, SHARDED, folder, tmp_path / "sharded"))
+    assert_whole(tmp_path / "sharded")
+    weights = "model.safetensors"
+    assert load_file(tmp_path / "sharded" / weights).keys() == load_file(folder / weights).keys()
+    for name, tensor in load_file(folder / weights).items():
+        assert torch.equal(load_file(tmp_path / "sharded" / weights)[name], tensor), name
 
 
 TRAINER = """

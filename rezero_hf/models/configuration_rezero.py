@@ -161,6 +161,12 @@ class ReZeroConfig(PreTrainedConfig):
         if rope_type != "default" and rope_type not in ROPE_INIT_FUNCTIONS:
             known = ", ".join(sorted({"default", *ROPE_INIT_FUNCTIONS}))
             raise ValueError(f"rope_parameters: rope_type={rope_type!r} is unknown; one of {known}.")
+        partial = self.rope_parameters.get("partial_rotary_factor")
+        if rope_type != "proportional" and partial not in (None, 1.0):
+            raise ValueError(
+                f"rope_parameters: partial_rotary_factor={partial} only works with rope_type='proportional'; "
+                "leave it out."
+            )
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act={self.hidden_act!r} is unknown; one of {', '.join(sorted(ACT2FN))}.")
 
