@@ -183,21 +183,29 @@ def _sources(value: Any, where: str) -> list[Source]:
 
 
 def _checked(values: dict[str, Any], cls: type, where: str) -> dict[str, Any]:
-    """The values, each checked against the dataclass field of its name; whole numbers become floats where due."""
+    """The values, each checked against the dataclass field of its name."""
     types = _field_types(cls)
     _check_names(values, types, f"{where}: key")
     checked = {}
     for name, value in values.items():
         expected = types[name]
         members = typing.get_args(expected) or (expected,)
-        due_float = isinstance(value, int) and not isinstance(value, bool) and float in members and int not in members
-        checked[name] = float(value) if due_float else value
+        checked[name] = _as_meant(value, members)
         try:
             type_validator(name, checked[name], expected)
         except TypeError as error:
             hint = " (YAML reads 3e-4 as text; write 3.0e-4)" if isinstance(value, str) and _is_number(value) else ""
             raise RecipeError(f"{where}.{name}={value!r}: expected {_describe(expected)}{hint}.") from error
     return checked
+
+
+def _as_meant(value: Any, members: tuple) -> Any:
+    """Undo two readings of YAML: a whole number where only a float is due, and `no` where only a word is."""
+    if isinstance(value, int) and not isinstance(value, bool) and float in members and int not in members:
+        return float(value)
+    if value is False and str in members and bool not in members:
+        return "no"
+    return value
 
 
 def _check_names(given: typing.Iterable[str], known: typing.Iterable[str], where: str) -> None:

@@ -43,6 +43,12 @@ def test_whole_numbers_are_fine_where_floats_are_due(recipe):
     assert load_recipe(recipe, ["training.learning_rate=1"]).training["learning_rate"] == 1.0
 
 
+def test_an_unquoted_no_is_the_word_where_a_word_is_due(recipe):
+    """YAML reads `no` as false; a user who types training.save_strategy=no means the library's word."""
+    assert load_recipe(recipe, ["training.save_strategy=no"]).training["save_strategy"] == "no"
+    assert load_recipe(recipe, ["training.bf16=no"]).training["bf16"] is False
+
+
 def test_sources_may_be_a_name_a_list_or_mappings(recipe, tmp_path):
     mixed = tmp_path / "mixed.yaml"
     mixed.write_text("data: {sources: [python-stdlib, {source: texts/, weight: 2}]}")
