@@ -1,8 +1,11 @@
 # Every target sets up .venv first if it is missing or older than its constraints.
 PYTHON ?= python3
-# One process; `accelerate launch` warns about each of these that is not said. Override for more: make pretrain LAUNCH=...
-LAUNCH ?= --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 BIN := .venv/bin
+# One process with every core; `accelerate launch` warns about each of these that is not said, and would use one core.
+# Override for more: make pretrain LAUNCH="--config_file my.yaml"
+CORES = $(shell $(BIN)/python -c 'from rezero_hf.runs import cores; print(cores())')
+LAUNCH ?= --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+	--num_cpu_threads_per_process $(CORES)
 READY := .venv/.ready
 
 .PHONY: pretrain test lint format clean

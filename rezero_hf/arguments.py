@@ -1,12 +1,20 @@
 """Training arguments: Transformers' own, and the few words they lack."""
 
+import math
 from dataclasses import dataclass, field
-from typing import Literal
+from importlib.util import find_spec
+from typing import get_args
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
 from .errors import UserError
+from .optim import OptimizerName
+
+
+COUNTS = ("gradient_accumulation_steps", "global_batch_size", "eval_blocks", "final_eval_blocks")
+MULTIPLIERS = ("gate_lr_multiplier", "matrix_lr_multiplier")
 
 
 @dataclass
@@ -34,11 +42,12 @@ class ReZeroTrainingArguments(TrainingArguments):
         logging_steps 10: the library's 500 shows nothing of a short run. disable_tqdm stays the library's choice.
 
     Raises:
-        UserError: `global_batch_size` is not a multiple of what one pass over all processes takes.
+        UserError: a value is out of range, `global_batch_size` is not a multiple of what one pass over all processes
+            takes, or the optimiser's package is not installed.
     """
 
     global_batch_size: int | None = field(default=None)
-    optimizer: Literal["adamw", "lamb", "muon"] = field(default="adamw")
+    optimizer: OptimizerName = field(default="adamw")
     gate_lr_multiplier: float = field(default=1.0)
     matrix_lr_multiplier: float = field(default=1.0)
     eval_blocks: int | None = field(default=None)
@@ -49,17 +58,41 @@ class ReZeroTrainingArguments(TrainingArguments):
     logging_steps: float = field(default=10)
 
     def __post_init__(self):
-        # The library refuses bf16 without an accelerator unless told that the CPU is meant; a recipe should run on
-        # both.
+        self._check_values()
+        # The library refuses bf16 without an accelerator unless told that the CPU is meant; recipes run on both.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
+        available = get_available_reporting_integrations()
+        for tracker in self.report_to:
+            if tracker not in available:
+                known = ", ".join(sorted(available)) or "none"
+                raise UserError(f"report_to={tracker!r}: this tracker is not installed; installed: {known}.")
         if self.global_batch_size is None:
             return
         one_pass = self.per_device_train_batch_size * self.world_size
         if self.global_batch_size % one_pass:
             raise UserError(
-                f"training.global_batch_size={self.global_batch_size} is not a multiple of the {one_pass} sequences of "
-                f"one pass (per_device_train_batch_size={self.per_device_train_batch_size} x {self.world_size} "
-                "processes); change one of them."
+                f"global_batch_size={self.global_batch_size} is not a multiple of the {one_pass} sequences of one pass "
+                f"(per_device_train_batch_size={self.per_device_train_batch_size} x {self.world_size} processes); "
+                "change one of them."
             )
         self.gradient_accumulation_steps = self.global_batch_size // one_pass
+
+    def _check_values(self):
+        """What the library would only stumble over later, with a traceback."""
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", *COUNTS):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name}={value}: must be at least 1.")
+        for name in ("learning_rate", "seed", "num_train_epochs", "weight_decay", *MULTIPLIERS):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"{name}={getattr(self, name)}: must be a finite number, 0 or more.")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)}: must be in [0, 1).")
+        if self.max_steps == 0:
+            raise UserError("max_steps=0: must be at least 1, or -1 to count num_train_epochs instead.")
+        if self.optimizer not in get_args(OptimizerName):
+            raise UserError(f"optimizer={self.optimizer!r} is unknown; one of {', '.join(get_args(OptimizerName))}.")
+        if self.optimizer != "adamw" and find_spec("pytorch_optimizer") is None:
+            raise UserError(f"optimizer={self.optimizer!r} needs a package: pip install pytorch-optimizer")

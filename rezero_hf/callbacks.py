@@ -10,6 +10,10 @@ from transformers import ProgressCallback, TrainerCallback
 from .optim import gates
 
 
+# What an evaluation of text yields: nats per token, bits per byte, and what they were measured on.
+MEASURED = ("loss", "bits_per_byte", "tokens", "bytes")
+
+
 def gate_values(model: nn.Module) -> dict[str, list[float]]:
     """Every gate's value: parameter name -> list, one number or one per branch. Every rank must call it under FSDP."""
     values = {}
@@ -35,8 +39,7 @@ class MetricsLog(TrainerCallback):
 
     def on_evaluate(self, args, state, control, metrics=None, model=None, **kwargs):
         alpha = gate_values(model)
-        names = ("loss", "bits_per_byte", "tokens", "bytes")
-        measured = {name: metrics[f"eval_{name}"] for name in names if f"eval_{name}" in metrics}
+        measured = {name: metrics[f"eval_{name}"] for name in MEASURED if f"eval_{name}" in metrics}
         row = {"event": "eval", "step": state.global_step, "split": "validation", **measured, "alpha": alpha}
         self._append(state, row)
 

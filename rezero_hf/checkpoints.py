@@ -90,7 +90,7 @@ def export_folder(
     try:
         _write_model(model, tokenizer, partial)
         run = scrub(run) if run else None
-        recipe_text = scrub(recipe_text) if recipe_text else None
+        recipe_text = scrub(recipe_text, names=False) if recipe_text else None
         if recipe_text:
             (partial / "recipe.yaml").write_text(recipe_text, encoding="utf-8")
         if run:
@@ -115,6 +115,23 @@ def export_folder(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+@contextmanager
+def rescue(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> Iterator[None]:
+    """Save the bare model to `folder` if the body fails: a trained model is not lost to a full disk or a broken figure.
+
+    Raises:
+        UserError: the body failed; says why and where the weights are.
+    """
+    try:
+        yield
+    except Exception as error:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        raise UserError(
+            f"{error}\nThe model was trained, but not published; its weights are safe in {folder}."
+        ) from error
 
 
 def _write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

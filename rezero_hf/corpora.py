@@ -5,13 +5,13 @@ import glob
 import hashlib
 import io
 import itertools
-import json
 import os
 import platform
 import sysconfig
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,10 +25,12 @@ from .sources import (
     DataError,
     Piece,
     Source,
+    explained,
     held_out_names,
     in_pieces,
     memory_file,
     read_pieces,
+    recall,
     remember,
     shares_window,
 )
@@ -51,7 +53,7 @@ def open_corpus(source: Source, validation_fraction: float, test_fraction: float
     if source.source == "python-stdlib":
         return PythonStdlib(cache_dir)
     if kind == "enwik8":
-        return Enwik8(Path(rest).expanduser() if rest else None, cache_dir)
+        return Enwik8(Path(os.path.expanduser(rest)) if rest else None, cache_dir)
     if kind == "hub":
         return HubText(rest, source, fractions, cache_dir)
     return TextFiles(source.source, fractions, cache_dir)
@@ -90,21 +92,22 @@ class PythonStdlib(Corpus):
 
     def identity(self) -> dict[str, Any]:
         memory = memory_file(self._cache_dir, ["python-stdlib", _signature(self._paths.values())])
-        if not memory.is_file():
+        sha256 = recall(memory)
+        if sha256 is None:
             digest = hashlib.sha256()
             for name, data in self.files.items():
                 digest.update(f"{name}\0{len(data)}\0".encode() + data)
-            remember(memory, digest.hexdigest())
-        return {
-            "kind": self.label,
-            "python": platform.python_version(),
-            "sha256": json.loads(memory.read_text()),
-        }
+            sha256 = digest.hexdigest()
+            remember(memory, sha256)
+        return {"kind": self.label, "python": platform.python_version(), "sha256": sha256}
 
     @cached_property
     def files(self) -> dict[str, bytes]:
         """Name and content of every file, before the split."""
-        contents = {name: path.read_bytes() for name, path in self._paths.items()}
+        contents = {}
+        for name, path in self._paths.items():
+            with _reading(path):
+                contents[name] = path.read_bytes()
         return {
             name: data
             for name, data in contents.items()
@@ -153,7 +156,7 @@ class TextFiles(Corpus):
     """
 
     def __init__(self, pattern: str, fractions: dict[str, float], cache_dir: Path) -> None:
-        path = Path(pattern).expanduser()
+        path = Path(os.path.expanduser(pattern))
         self.label = path.name if path.is_absolute() else pattern
         self._fractions = fractions
         if path.is_file():
@@ -192,7 +195,7 @@ class TextFiles(Corpus):
             for split, share in self._fractions.items()
         )
         for digest, (path, size) in self._files.items():
-            with path.open("rb") as file:
+            with _reading(path), path.open("rb") as file:
                 if by_file:
                     ranges = {held_out.get(digest, "train"): (0, size)}
                 else:
@@ -248,20 +251,19 @@ class Enwik8(Corpus):
     def pieces(self) -> Iterator[Piece]:
         facts = self._facts
         digest, size = hashlib.sha1(), 0
-        try:
-            with self._open() as file:
-                while block := file.read(PIECE_BYTES):
-                    digest.update(block)
-                    size += len(block)
-        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-            raise DataError(f"data.sources: {self._path} is damaged ({error}): {self._way_out}") from error
+        # The zip reader raises RuntimeError for encryption and compression it does not know.
+        damage = (OSError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError)
+        with explained(f"data.sources: {self._path} cannot be read", self._way_out, damage), self._open() as file:
+            while block := file.read(PIECE_BYTES):
+                digest.update(block)
+                size += len(block)
         if (size, digest.hexdigest()) != (facts.size, facts.sha1):
             raise DataError(
                 f"data.sources: {self._path or self.hub_copy[0]} is not enwik8: {size:,} bytes with SHA-1 "
                 f"{digest.hexdigest()}, expected {facts.size:,} with {facts.sha1}: {self._way_out}"
             )
         bounds = (0, facts.train, facts.train + facts.validation, facts.size)
-        with self._open() as file:
+        with _reading(self._path), self._open() as file:
             for split, (start, stop) in zip(SPLITS, itertools.pairwise(bounds), strict=True):
                 yield from (Piece(split, *rest) for rest in read_pieces(file, start, stop))
 
@@ -299,23 +301,35 @@ def _is_utf8(data: bytes) -> bool:
     return True
 
 
+def _reading(path: Path | None) -> AbstractContextManager:
+    return explained(
+        f"data.sources: {path} cannot be read",
+        "check the file and its rights, or name only other ones, for example by a glob such as '*.txt'",
+    )
+
+
 def _signature(paths: Iterable[Path]) -> str:
     """Changes whenever one of the files is written to, moved or replaced."""
-    stats = [(os.path.abspath(path), path.stat()) for path in paths]
+    stats = []
+    for path in paths:
+        with _reading(path):
+            stats.append((os.path.abspath(path), path.stat()))
     return repr([(name, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in stats])
 
 
 def _scan_all(paths: list[Path], cache_dir: Path) -> list[dict[str, Any]]:
     """Size and sha256 of each file, checked to be UTF-8; files unchanged since the last time are not read again."""
     memory = memory_file(cache_dir, ["files", _signature(paths)])
-    if not memory.is_file():
-        remember(memory, [_scan(path) for path in paths])
-    return json.loads(memory.read_text())
+    found = recall(memory)
+    if found is None:
+        found = [_scan(path) for path in paths]
+        remember(memory, found)
+    return found
 
 
 def _scan(path: Path) -> dict[str, Any]:
     digest, size, decoder = hashlib.sha256(), 0, codecs.getincrementaldecoder("utf-8")()
-    with path.open("rb") as file:
+    with _reading(path), path.open("rb") as file:
         block = b"start"
         while block:
             block, pending = file.read(PIECE_BYTES), len(decoder.getstate()[0])

@@ -12,6 +12,7 @@ run, a run on more machines and an uninterrupted one see the same text in the sa
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -26,14 +27,15 @@ from transformers import PreTrainedTokenizerBase
 
 from .corpora import open_corpus
 from .shards import INDEX_NAME, TokenStream, write_shards
-from .sources import SPLITS, DataError, Source
-from .tokenization import tokenizer_fingerprint
+from .sources import SPLITS, DataError, Source, explained
+from .tokenization import check_tokenizer, tokenizer_fingerprint
 
 
-__all__ = ["DataConfig", "DataError", "EvalBlocks", "PreparedData", "Source", "TrainBlocks", "prepare"]
+__all__ = ["IGNORE_INDEX", "DataConfig", "DataError", "EvalBlocks", "PreparedData", "Source", "TrainBlocks", "prepare"]
 
 # Part of the fingerprint: raise it when the same sources and tokenizer would give other shards.
 FORMAT_VERSION = 1
+# The label of positions without a target, as in PyTorch's cross entropy and all of Transformers.
 IGNORE_INDEX = -100
 # A mixture repeats after this many blocks, so weights are kept to a thousandth.
 MIXTURE_PERIOD = 1000
@@ -46,7 +48,8 @@ class DataConfig:
     Args:
         sources: text, mixed by weight. Default: the embedded corpus `python-stdlib`. Each is split on its own; two
             sources are not compared, so do not name the same text in two of them.
-        tokenizer: `"bytes"`, a folder or a Hub id. Default: bytes, which need no training and lose nothing.
+        tokenizer: `"bytes"`, or a folder or a Hub id of a lossless byte-level tokenizer: one that gives back exactly
+            the text that went in, so that bits per byte are defined. Default: bytes, which need no training.
         block_size: tokens that the model sees at once. Default 256, about eight lines of code as bytes.
         validation_fraction: share of the text held out for validation, for sources without such a split. Default 5 %.
         test_fraction: the same for the final test.
@@ -73,6 +76,7 @@ class DataConfig:
                 raise DataError(f"data.{name} is {getattr(self, name)}: it must be at least 0 and below 1")
         if self.validation_fraction + self.test_fraction >= 1:
             raise DataError("data.validation_fraction and data.test_fraction leave nothing to train on: lower them")
+        mixture_pattern([source.weight for source in self.sources])
 
 
 def prepare(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, progress: bool = True) -> "PreparedData":
@@ -89,12 +93,12 @@ def prepare(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, progress:
         DataError: a value, path, text or tokenizer that cannot be used.
     """
     config.check()
-    if not tokenizer.is_fast:
-        raise DataError(f"tokenizer {config.tokenizer!r} has no fast backend: convert it to a tokenizer.json first")
+    check_tokenizer(tokenizer)
     if tokenizer.eos_token_id is None:
         raise DataError(f"tokenizer {config.tokenizer!r} has no eos_token to put between documents: give it one")
-    cache = Path(config.cache_dir or "~/.cache/rezero_hf").expanduser()
-    try:
+    cache = Path(os.path.expanduser(config.cache_dir or "~/.cache/rezero_hf"))
+    # Corpora explain what they cannot read, so this is about writing.
+    with explained(f"cannot prepare data under {cache}", "set data.cache_dir to a folder with room and rights"):
         cache.mkdir(parents=True, exist_ok=True)
         corpora = [open_corpus(s, config.validation_fraction, config.test_fraction, cache) for s in config.sources]
         inputs = {
@@ -108,10 +112,6 @@ def prepare(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, progress:
             with FileLock(cache / f"{fingerprint}.lock"):
                 if not (folder / INDEX_NAME).is_file():
                     write_shards(folder, corpora, tokenizer, inputs, progress)
-    except OSError as error:
-        raise DataError(
-            f"cannot prepare data under {cache} ({error}): if it is about room or rights, set data.cache_dir"
-        ) from error
     prepared = PreparedData(folder, config, [corpus.label for corpus in corpora])
     for number, source in enumerate(config.sources):
         tokens = len(prepared.stream("train", number))
@@ -133,7 +133,7 @@ class PreparedData:
         pad: id that fills the last, shorter evaluation block.
 
     Raises:
-        DataError: a shard is missing or has another size than recorded.
+        DataError: the index cannot be read, or a shard is missing or has another size than recorded.
     """
 
     def __init__(self, folder: Path, config: DataConfig, labels: list[str]) -> None:
@@ -141,14 +141,20 @@ class PreparedData:
         try:
             self.index = json.loads((folder / INDEX_NAME).read_text())
             self.separator, self.pad = self.index["tokenizer"]["separator"], self.index["tokenizer"]["pad"]
-        except (ValueError, KeyError):
+            expected = {folder / shard["file"]: shard["bytes"] for shard in self._shards()}
+            # Everything that is read later is read once here, so that damage shows now.
+            for split in SPLITS:
+                self.totals(split)
+                for number in range(len(config.sources)):
+                    self.stream(split, number)
+            self.record()
+        except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError):
             raise DataError(f"{folder / INDEX_NAME} is damaged: {self._way_out}") from None
-        for shard in self._shards():
-            path = folder / shard["file"]
-            size = path.stat().st_size if path.is_file() else None
-            if size != shard["bytes"]:
-                found = "is missing" if size is None else f"has {size} bytes instead of {shard['bytes']}"
-                raise DataError(f"shard {path} {found}: {self._way_out}")
+        for path, size in expected.items():
+            found = path.stat().st_size if path.is_file() else None
+            if found != size:
+                problem = "is missing" if found is None else f"has {found} bytes instead of {size}"
+                raise DataError(f"shard {path} {problem}: {self._way_out}")
 
     @property
     def _way_out(self) -> str:
@@ -163,13 +169,17 @@ class PreparedData:
         """Read every shard and compare its sha256 with the recorded one.
 
         Raises:
-            DataError: one differs.
+            DataError: one differs or cannot be read.
         """
         for shard in self._shards():
             path = self.folder / shard["file"]
-            with path.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != shard["sha256"]:
-                    raise DataError(f"shard {path} does not have the recorded sha256: {self._way_out}")
+            with explained(f"shard {path} cannot be read", self._way_out), path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if digest != shard["sha256"]:
+                raise DataError(
+                    f"shard {path} is damaged: its content has changed since it was written (sha256 {digest[:12]}, "
+                    f"recorded {shard['sha256'][:12]}): {self._way_out}"
+                )
 
     def check_vocab(self, vocab_size: int) -> None:
         """Raise a `DataError` if a model with `vocab_size` ids cannot take every id of this data."""
@@ -204,7 +214,7 @@ class PreparedData:
                 for name, split in source["splits"].items()
             }
             sources.append({"source": label, "weight": line.weight, **source, "splits": splits})
-        name = self.config.tokenizer
+        name = os.path.expanduser(self.config.tokenizer)
         return {
             "fingerprint": self.index["fingerprint"],
             "tokenizer": {
@@ -267,7 +277,7 @@ class EvalBlocks(Dataset):
 
     Block k predicts tokens k*block_size to (k+1)*block_size - 1 and sees the token before each, so the first token of
     a source is predicted from the separator. The last block of a source is filled up with padding whose labels are
-    -100. Items are as in `TrainBlocks`; only `shift_labels` covers every token.
+    `IGNORE_INDEX`. Items are as in `TrainBlocks`; only `shift_labels` covers every token.
 
     Args:
         prepared: the data.
@@ -275,7 +285,7 @@ class EvalBlocks(Dataset):
         max_blocks: take this many blocks, evenly spaced and always the same ones. Default: all.
 
     Raises:
-        DataError: the split is empty.
+        DataError: the split is empty, or there are no blocks to take.
     """
 
     def __init__(self, prepared: PreparedData, split: str, max_blocks: int | None = None) -> None:
@@ -286,7 +296,10 @@ class EvalBlocks(Dataset):
         if not self._total:
             raise DataError(f"the {split} split is empty: raise data.{split}_fraction or add text")
         if max_blocks is not None and max_blocks < 1:
-            raise DataError(f"max_blocks is {max_blocks}: at least 1, or None for all")
+            raise DataError(
+                f"cannot evaluate {split} on {max_blocks} blocks: set training.eval_blocks and "
+                "training.final_eval_blocks to at least 1, or leave them out for all"
+            )
         self._length = min(max_blocks or self._total, self._total)
 
     def __len__(self) -> int:
@@ -325,7 +338,9 @@ def mixture_pattern(weights: list[float]) -> tuple[np.ndarray, np.ndarray, np.nd
     # The largest remainders get the slots that rounding down left over.
     counts[np.argsort(counts - exact, kind="stable")[: MIXTURE_PERIOD - counts.sum()]] += 1
     if not counts.all():
-        raise DataError(f"data.sources: a weight is below 1/{MIXTURE_PERIOD} of the sum of {weights}: raise it")
+        raise DataError(
+            f"data.sources: weight {min(weights)} is below 1/{MIXTURE_PERIOD} of the sum of {weights}: raise it"
+        )
     ranks = np.concatenate([np.arange(count) for count in counts])
     sources = np.repeat(np.arange(len(weights)), counts)
     order = np.argsort((ranks + 0.5) / counts[sources], kind="stable")

@@ -75,7 +75,10 @@ def render_card(
         UserError: `previous` has no user's section, or more than one: its text would be lost.
     """
     run = run or {}
-    data = run.get("data") or {}
+    data = dict(run.get("data") or {})
+    if len(data.get("sources") or ()) == 1:
+        # The totals would repeat the one source's numbers.
+        data.pop("splits", None)
     sources = _sources(data)
     known = [SOURCES[source] for source in sources if source in SOURCES]
     form = RESIDUAL_FORMS[config.residual]

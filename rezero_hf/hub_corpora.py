@@ -2,13 +2,13 @@
 
 import hashlib
 import itertools
-import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from .sources import Corpus, DataError, Piece, Source, in_pieces, memory_file, remember
+from .sources import Corpus, DataError, Piece, Source, explained, in_pieces, memory_file, recall, remember
 
 
 # In the order in which they are read: what is held out must be known before training text is handed out.
@@ -48,18 +48,20 @@ class HubText(Corpus):
             "fractions": self._fractions,
         }
         memory = memory_file(self._cache_dir, [self._name, source.revision, key])
+        known = recall(memory)
         pinned = re.fullmatch("[0-9a-f]{40}", source.revision or "")
-        if not (pinned and memory.is_file()):
+        if not (pinned and known):
             try:
                 commit = load_dataset_builder_or_explain(
                     self.label, self._name, source.config_name, revision=source.revision
                 ).hash
             except DataError:
-                if Path(self._name).exists() or not memory.is_file():
+                if Path(self._name).exists() or not known:
                     raise
             else:
-                remember(memory, {**key, "version": commit})
-        return json.loads(memory.read_text())
+                known = {**key, "version": commit}
+                remember(memory, known)
+        return known
 
     def pieces(self) -> Iterator[Piece]:
         source, version = self._source, self.identity()["version"]
@@ -96,16 +98,17 @@ class HubText(Corpus):
 
     def _texts(self, rows: Any, split: str) -> Iterator[str]:
         column = self._source.text_column
-        for number, row in enumerate(itertools.islice(rows, self._source.max_documents)):
-            if column not in row:
-                raise DataError(f"{self.label} has no column {column!r}, only {', '.join(row)}: set text_column")
-            text = row[column]
-            if not isinstance(text, str):
-                raise DataError(
-                    f"{self.label}: row {number} of {split}, column {column!r}, is {type(text).__name__}, not text: "
-                    "set text_column to a column of strings"
-                )
-            yield text
+        with _explained(self.label):
+            for number, row in enumerate(itertools.islice(rows, self._source.max_documents)):
+                if column not in row:
+                    raise DataError(f"{self.label} has no column {column!r}, only {', '.join(row)}: set text_column")
+                text = row[column]
+                if not isinstance(text, str):
+                    raise DataError(
+                        f"{self.label}: row {number} of {split}, column {column!r}, is {type(text).__name__}, not "
+                        "text: set text_column to a column of strings"
+                    )
+                yield text
 
     def notes(self) -> dict[str, Any]:
         return self._notes
@@ -124,22 +127,22 @@ def _carve(digest: int, fractions: dict[str, float]) -> str:
 def load_dataset_or_explain(label: str, *args: Any, **kwargs: Any) -> Any:
     from datasets import load_dataset
 
-    return _call(label, load_dataset, *args, **kwargs)
+    with _explained(label):
+        return load_dataset(*args, **kwargs)
 
 
 def load_dataset_builder_or_explain(label: str, *args: Any, **kwargs: Any) -> Any:
     from datasets import load_dataset_builder
 
-    return _call(label, load_dataset_builder, *args, **kwargs)
+    with _explained(label):
+        return load_dataset_builder(*args, **kwargs)
 
 
-def _call(label: str, load: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    try:
-        return load(*args, **kwargs)
-    # datasets, huggingface_hub and their readers raise a dozen unrelated types for what is one thing to a user.
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
-        raise DataError(
-            f"{label} cannot be read ({reason}): check its name, config_name and revision, the network, and for "
-            "private or gated data sets the token (hf auth login)"
-        ) from error
+def _explained(label: str) -> AbstractContextManager:
+    return explained(
+        f"{label} cannot be read",
+        "check its name, config_name, revision and files, the network, and for private or gated data sets the token "
+        "(hf auth login)",
+        # datasets, huggingface_hub and their readers raise a dozen unrelated types for what is one thing to a user.
+        kinds=Exception,
+    )

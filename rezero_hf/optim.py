@@ -6,7 +6,7 @@ learning rate.
 """
 
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -90,8 +90,8 @@ def make_optimizer(
     groups = parameter_groups(model, lr, weight_decay, gate_lr_multiplier)
     if optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
-    if optimizer not in ("lamb", "muon"):
-        raise UserError(f"optimizer={optimizer!r} is unknown; one of adamw, lamb, muon.")
+    if optimizer not in get_args(OptimizerName):
+        raise UserError(f"optimizer={optimizer!r} is unknown; one of {', '.join(get_args(OptimizerName))}.")
     try:
         from pytorch_optimizer import Lamb, Muon
     except ImportError as error:

@@ -29,6 +29,20 @@ SECTIONS = ("model", "data", "training", "smoke")
 VOCAB_MULTIPLE = 64
 
 
+# Fields of the library that a recipe must not set, and where to turn instead.
+NOT_OURS = {
+    "output_dir": "choose the run's folder with --output",
+    "hub_token": "a token does not belong in a file; log in with `hf auth login`",
+    "optim": "choose the optimiser with training.optimizer",
+    "optim_args": "choose the optimiser with training.optimizer",
+    "data_seed": "training.seed orders the data too",
+    "resume_from_checkpoint": "runs cannot be resumed yet",
+    "do_train": "scripts/pretrain.py always trains",
+    "do_eval": "scripts/pretrain.py always evaluates",
+    "do_predict": "scripts/pretrain.py always evaluates",
+}
+
+
 class RecipeError(UserError):
     """A recipe says something that cannot be; the message names file, key and value."""
 
@@ -60,7 +74,8 @@ class Recipe:
         Raises:
             RecipeError: fields contradict each other, the tokenizer or the block size.
         """
-        needed = len(tokenizer)
+        # Ids may have gaps, so their number is not enough.
+        needed = max(tokenizer.get_vocab().values()) + 1
         fields = {
             "vocab_size": -(-needed // VOCAB_MULTIPLE) * VOCAB_MULTIPLE,
             "max_position_embeddings": self.data.block_size,
@@ -71,7 +86,7 @@ class Recipe:
         }
         if fields["vocab_size"] < needed:
             raise RecipeError(
-                f"{self.path}: model.vocab_size={fields['vocab_size']} is smaller than the {needed} tokens of "
+                f"{self.path}: model.vocab_size={fields['vocab_size']} is smaller than the {needed} ids of "
                 f"data.tokenizer={self.data.tokenizer!r}; leave it out or raise it."
             )
         if fields["max_position_embeddings"] < self.data.block_size:
@@ -82,7 +97,7 @@ class Recipe:
         try:
             return ReZeroConfig(**fields)
         except StrictDataclassError as error:
-            raise RecipeError(f"{self.path}: model: {' '.join(str(error).split())}") from error
+            raise RecipeError(f"{self.path}: model.{error.__cause__ or ' '.join(str(error).split())}") from error
 
     def training_arguments(self, output_dir: str | Path) -> ReZeroTrainingArguments:
         """The training arguments on this machine, writing into `output_dir`. Starts the distributed state.
@@ -101,9 +116,9 @@ class Recipe:
         fields = [field for field in dataclasses.fields(ReZeroTrainingArguments) if field.init]
         training = {**{field.name: _default_of(field) for field in fields}, **self.training}
         data = dataclasses.asdict(self.data)
-        # Folders are the machine's business, and a token nobody's.
-        for private in ("output_dir", "hub_token"):
-            training.pop(private, None)
+        for name in NOT_OURS:
+            training.pop(name, None)
+        # Where a machine keeps its cache is nobody else's business.
         data.pop("cache_dir")
         sections = {"name": self.name, "model": model, "data": data, "training": training}
         return yaml.safe_dump(_plain(sections), sort_keys=False, allow_unicode=True, width=120)
@@ -144,11 +159,21 @@ def load_recipe(path: str | Path, overrides: typing.Iterable[str] = (), smoke: b
 
     model = _checked(document["model"], ReZeroConfig, f"{path}: model")
     training = _checked(document["training"], ReZeroTrainingArguments, f"{path}: training")
+    for field in training:
+        if field in NOT_OURS:
+            raise RecipeError(f"{path}: training.{field} cannot be set in a recipe: {NOT_OURS[field]}.")
+    if not name_is_plain(name):
+        raise RecipeError(f"{path}: name={name!r}: must be a plain word, because it names the run's folder.")
     data = dict(document["data"])
     if "sources" in data:
         data["sources"] = _sources(data["sources"], f"{path}: data.sources")
     data = DataConfig(**_checked(data, DataConfig, f"{path}: data"))
     return Recipe(name=str(name), path=str(path), model=model, data=data, training=training)
+
+
+def name_is_plain(name: Any) -> bool:
+    """Whether a run may be called that: one folder's name, not a path."""
+    return isinstance(name, str) and bool(name.strip(". ")) and Path(name).name == name
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Committed results: a finished run's record as JSON, and the tables made from such files. No number is typed."""
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,22 @@ def collect(run_dir: str | Path) -> dict[str, Any]:
     """One JSON-able record of a finished run: `run.json` without host, user and paths, with its recipe and evaluations.
 
     Raises:
-        UserError: the folder holds no finished run.
+        UserError: the folder holds no finished run, or one whose numbers are not worth keeping: a smoke run, or one
+            that ended in NaN.
     """
     run_dir = Path(run_dir)
     try:
         record = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
         recipe = (run_dir / "recipe.yaml").read_text(encoding="utf-8")
         evaluations = [row for row in read_metrics(run_dir / "metrics.jsonl") if row["event"] == "eval"]
+        (run_dir / "model" / "README.md").read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise UserError(f"{error.filename} is missing: {run_dir} holds no finished run") from error
+    if record["smoke"]:
+        raise UserError(f"{run_dir} is a smoke run; its numbers mean nothing")
+    for split, measured in record["results"].items():
+        if not math.isfinite(measured["bits_per_byte"]):
+            raise UserError(f"{run_dir} ended with {measured['bits_per_byte']} bits per byte on {split}: it diverged")
     return scrub({**record, "recipe": recipe, "evaluations": evaluations})
 
 

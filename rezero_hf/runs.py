@@ -14,9 +14,10 @@ import sys
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from filelock import FileLock, Timeout
 
 from .errors import UserError
 
@@ -27,29 +28,47 @@ PACKAGES = (
 )
 
 
-def new_run_dir(path: str | Path) -> Path | None:
-    """Make an empty folder for a run. What an earlier run left there is moved aside, not overwritten.
+class RunDir(NamedTuple):
+    """A folder claimed for one run.
+
+    Attributes:
+        path: the folder, new and empty.
+        aside: where an earlier run is now (`NAME.1`, `NAME.2`, ...); None when there was none.
+        lock: held as long as this object lives, so that no second run writes into the same folder.
+    """
+
+    path: Path
+    aside: Path | None
+    lock: FileLock
+
+
+def new_run_dir(path: str | Path) -> RunDir:
+    """Make an empty folder for a run. An earlier run is moved aside, anything else is left alone.
 
     Args:
         path: where the run goes.
 
-    Returns:
-        Where the earlier run is now (`NAME.1`, `NAME.2`, ...); None when there was none.
-
     Raises:
-        UserError: the folder cannot be made.
+        UserError: another run is writing there, the folder holds something that is no run, or it cannot be made.
     """
-    path, aside = Path(path), None
+    path, aside = Path(path).absolute(), None
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
         if path.exists() and any(path.iterdir()):
+            if not (path / "recipe.yaml").is_file():
+                raise UserError(f"{path} is not empty and holds no run; choose another folder with --output.")
             numbers = itertools.count(1)
             aside = next(free for n in numbers if not (free := path.with_name(f"{path.name}.{n}")).exists())
             path.rename(aside)
-        path.mkdir(parents=True, exist_ok=True)
+        path.mkdir(exist_ok=True)
+    except Timeout as error:
+        raise UserError(f"{path}: another run is writing there; wait, or choose another with --output.") from error
     except OSError as error:
         reason = error.strerror
         raise UserError(f"{path}: no run can be written there ({reason}); choose another with --output.") from error
-    return aside
+    return RunDir(path, aside, lock)
 
 
 def read_metrics(path: str | Path) -> list[dict]:
@@ -79,17 +98,20 @@ def read_metrics(path: str | Path) -> list[dict]:
     return rows
 
 
-def provenance() -> dict[str, Any]:
+def provenance(device: torch.device) -> dict[str, Any]:
     """What is needed to run the same thing again: `command`, `started`, `versions`, `git`, `device`; JSON types only.
 
     `git` is None outside a checkout; packages that are not installed are left out.
+
+    Args:
+        device: the device that computes.
     """
     return {
         "command": shlex.join(sys.argv),
         "started": now(),
         "versions": versions(),
         "git": git_state(),
-        "device": device_name(),
+        "device": device_name(device),
     }
 
 
@@ -124,12 +146,16 @@ def git_state() -> dict[str, Any] | None:
         return None
 
 
-def device_name() -> str:
+def device_name(device: torch.device) -> str:
     """The accelerator's name, or the processor's with the number of cores this process may use."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{_processor()} ({cores} cores)"
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_processor()} ({cores()} cores)" if device.type == "cpu" else device.type
+
+
+def cores() -> int:
+    """Processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _processor() -> str:

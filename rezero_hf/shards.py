@@ -17,7 +17,7 @@ import numpy as np
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .sources import SPLITS, Corpus, Piece
+from .sources import SPLITS, Corpus, DataError, Piece, sync
 from .tokenization import is_byte_tokenizer
 
 
@@ -61,7 +61,7 @@ def write_shards(
         }
         with (temporary / INDEX_NAME).open("w") as file:
             json.dump(index, file, indent=1)
-            _sync(file)
+            sync(file)
         _sync_folder(temporary)
         # Without an index this is somebody's half-deleted copy.
         shutil.rmtree(folder, ignore_errors=True)
@@ -151,17 +151,12 @@ class _Writer:
     def _close(self) -> None:
         if self._file is None:
             return
-        _sync(self._file)
+        sync(self._file)
         self._file.close()
         self._file = None
         shard = self._shards[-1]
         shard["bytes"] = shard["tokens"] * self._dtype.itemsize
         shard["sha256"] = self._digest.hexdigest()
-
-
-def _sync(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _sync_folder(folder: Path) -> None:
@@ -173,10 +168,16 @@ def _sync_folder(folder: Path) -> None:
 
 
 class TokenStream:
-    """All tokens of one split of one source, read from its memory-mapped shards as if they were one array."""
+    """All tokens of one split of one source, read from its memory-mapped shards as if they were one array.
+
+    Raises:
+        DataError: an id is above the highest that was written, so the shard is damaged. It says so before a model
+            looks the id up; damage that leaves the ids in range is for `PreparedData.verify` to find.
+    """
 
     def __init__(self, folder: Path, dtype: str, split: dict[str, Any], separator: int) -> None:
         self._paths = [folder / shard["file"] for shard in split["shards"]]
+        self._max_id = split["max_id"]
         self._starts = np.cumsum([0] + [shard["tokens"] for shard in split["shards"]])
         self._dtype, self._separator = np.dtype(dtype), separator
         self._maps: dict[int, np.ndarray] = {}
@@ -197,6 +198,13 @@ class TokenStream:
             if shard not in self._maps:
                 self._maps[shard] = np.memmap(self._paths[shard], dtype=self._dtype, mode="r")
             end = min(stop, int(self._starts[shard + 1]))
-            parts.append(self._maps[shard][start - self._starts[shard] : end - self._starts[shard]])
+            part = self._maps[shard][start - self._starts[shard] : end - self._starts[shard]]
+            if (highest := int(part.max())) > self._max_id:
+                path = self._paths[shard]
+                raise DataError(
+                    f"shard {path} is damaged: it holds token id {highest}, but none above {self._max_id} was written: "
+                    f"delete {path.parent} and prepare again"
+                )
+            parts.append(part)
             start = end
         return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, np.int64)

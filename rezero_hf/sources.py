@@ -10,11 +10,13 @@ import io
 import json
 import math
 import os
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import IO, Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -28,6 +30,42 @@ PIECE_BYTES = 1 << 20
 
 class DataError(UserError):
     """Text, a tokenizer or prepared data that cannot be used; the message is one line and says what to do."""
+
+
+@contextmanager
+def explained(
+    what: str, way_out: str, kinds: type[Exception] | tuple[type[Exception], ...] = OSError
+) -> Iterator[None]:
+    """Turn an exception of these kinds inside into the one line `what (why): way_out`.
+
+    Why is the first line of the exception and, where that says more, of its innermost cause. A `DataError` passes.
+
+    Raises:
+        DataError: instead of one of `kinds`.
+    """
+    try:
+        yield
+    except DataError:
+        raise
+    except kinds as error:
+        cause = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        why, detail = ((str(e).strip().splitlines() or [type(e).__name__])[0].rstrip(".:") for e in (error, cause))
+        raise DataError(f"{what} ({why if detail in why else f'{why}: {detail}'}): {way_out}") from error
+
+
+def writable_folder(folder: str | Path, way_out: str) -> Path:
+    """The folder, `~` expanded, made if missing and tried out, before the work whose result goes there.
+
+    Raises:
+        DataError: nothing can be written there.
+    """
+    folder = Path(os.path.expanduser(folder))
+    with explained(f"cannot write into {folder}", way_out):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
 
 
 @dataclass
@@ -180,8 +218,28 @@ def memory_file(cache_dir: Path, key: Any) -> Path:
 
 
 def remember(memory: Path, value: Any) -> None:
-    """Write JSON so that a reader sees all of it or the old state."""
-    memory.parent.mkdir(parents=True, exist_ok=True)
+    """Write JSON so that a reader sees all of it or the old state, also after a crash.
+
+    A cache that cannot be written forgets, and what it would have held is found out again the next time.
+    """
     temporary = memory.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value))
-    temporary.replace(memory)
+    with suppress(OSError):
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("w") as file:
+            json.dump({"value": value}, file)
+            sync(file)
+        temporary.replace(memory)
+
+
+def recall(memory: Path) -> Any:
+    """What `remember` wrote there, or None if there is nothing or something else."""
+    try:
+        return json.loads(memory.read_text())["value"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def sync(file: IO) -> None:
+    """Wait until a file's content is on disk."""
+    file.flush()
+    os.fsync(file.fileno())

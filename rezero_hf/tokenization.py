@@ -19,13 +19,21 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from .sources import DataError
+from .sources import DataError, explained
 
 
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
 MASK = "<|mask|>"
 SPECIAL_TOKENS = (END_OF_TEXT, PAD, MASK)
+_WAY_OUT = 'use "bytes", a folder written by scripts/train_tokenizer.py'
+# What `check_tokenizer` has given back: no space in front, all one- and two-byte characters and thereby every byte that
+# continues one, every byte that begins a longer one, spaces of all kinds, and what normalizers put together or take
+# apart.
+_PROBE = "".join(map(chr, range(1, 0x800))) + (
+    "\0\u0800\u1000\u2000\u3000\u4000\u5000\u6000\u7000\u8000\u9000\ua000\ub000\uc000\ud000\ue000\uf000"
+    "\U00010000\U00040000\U00080000\U000c0000\U00100000  a \r\n\n\t e\u0301 \u212b \ufb01 \uff21 `` '' n't . , \ufeff "
+)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -70,26 +78,41 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
-    """`"bytes"` for the byte tokenizer, otherwise a folder or a Hub id, as `AutoTokenizer` takes it.
+    """`"bytes"` for the byte tokenizer, otherwise a folder (`~` is expanded) or a Hub id, as `AutoTokenizer` takes it.
 
     Raises:
-        DataError: nothing loadable is there, or what is there has no fast (Rust) backend.
+        DataError: nothing loadable is there, or `check_tokenizer` refuses what is.
     """
     if name_or_path == "bytes":
         return byte_tokenizer()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
-    # AutoTokenizer raises OSError, ValueError, KeyError and Hub errors for what is one thing to a user: it is not
-    # there.
-    except Exception as error:
-        where = "this folder" if os.path.isdir(name_or_path) else "a folder or a Hub id"
-        raise DataError(
-            f'tokenizer {name_or_path!r} cannot be loaded from {where} ({_first_line(error)}): use "bytes", a folder '
-            "written by scripts/train_tokenizer.py or save_pretrained, or the id of a Hub repository with a tokenizer"
-        ) from error
-    if not tokenizer.is_fast:
-        raise DataError(f"tokenizer {name_or_path!r} has no fast backend: convert it to a tokenizer.json first")
+    path = os.path.expanduser(name_or_path)
+    where = "this folder" if os.path.isdir(path) else "a folder or a Hub id"
+    with explained(
+        f"tokenizer {name_or_path!r} cannot be loaded from {where}",
+        f"{_WAY_OUT} or save_pretrained, or the id of a Hub repository with a tokenizer",
+        # AutoTokenizer raises OSError, ValueError, KeyError and Hub errors for what is one thing to a user: it is not
+        # there.
+        kinds=Exception,
+    ):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    check_tokenizer(tokenizer)
     return tokenizer
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer that does not give back exactly the text that went in.
+
+    Bits per byte count the bytes behind each id. They are defined only where every byte of the text is behind one id,
+    which takes a byte-level tokenizer that neither rewrites its text nor adds to it or leaves parts out.
+
+    Raises:
+        DataError: there is no fast (Rust) backend, or text is changed.
+    """
+    name = tokenizer.name_or_path or type(tokenizer).__name__
+    if not tokenizer.is_fast:
+        raise DataError(f"tokenizer {name!r} has no fast backend: convert it to a tokenizer.json first")
+    if reason := _what_is_lost(tokenizer):
+        raise DataError(f"tokenizer {name!r} {reason}, so bits per byte are not defined: {_WAY_OUT}")
 
 
 def token_byte_lengths(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
@@ -99,13 +122,9 @@ def token_byte_lengths(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     only a part of a UTF-8 character.
 
     Raises:
-        DataError: the tokenizer is not byte-level, so a token's text depends on its neighbours.
+        DataError: `check_tokenizer` refuses the tokenizer.
     """
-    if not _is_byte_level(tokenizer):
-        raise DataError(
-            f"{type(tokenizer).__name__} is not a byte-level tokenizer, so the bytes of one id are not defined: use "
-            "the byte counts that the prepared data records per split"
-        )
+    check_tokenizer(tokenizer)
     vocab = tokenizer.get_vocab()
     lengths = np.zeros(max(vocab.values()) + 1, dtype=np.int64)
     added = tokenizer.added_tokens_decoder
@@ -154,10 +173,31 @@ def _byte_alphabet() -> list[str]:
     return [chr(byte) if byte in printable else chr(next(stand_ins)) for byte in range(256)]
 
 
-def _is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
-    decoder = json.loads(tokenizer.backend_tokenizer.to_str())["decoder"] or {}
-    return any(part["type"] == "ByteLevel" for part in decoder.get("decoders", [decoder]) if part)
+def _what_is_lost(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """What stands between this tokenizer and a lossless byte-level one."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    if not any(part["type"] == "ByteLevel" for part in _parts(state["decoder"], "decoders")):
+        return "is not byte-level"
+    # The byte-level normalizer only writes bytes as characters, as the pre-tokenizer of that name does.
+    normalizers = {part["type"] for part in _parts(state["normalizer"], "normalizers")} - {"ByteLevel"}
+    if normalizers:
+        return f"changes text before reading it (normalizer {', '.join(sorted(normalizers))})"
+    if any(part.get("add_prefix_space") for part in _parts(state["pre_tokenizer"], "pretokenizers")):
+        return "puts a space before a text (add_prefix_space)"
+    # Specials may: the packer reads their names as plain text.
+    ordinary = [token for token in state["added_tokens"] if not token["special"]]
+    if greedy := [token["content"] for token in ordinary if token["lstrip"] or token["rstrip"]]:
+        return f"has added tokens that swallow the spaces beside them ({', '.join(greedy)})"
+    ids = tokenizer.backend_tokenizer.encode(_PROBE, add_special_tokens=False).ids
+    if tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False) != _PROBE:
+        return "does not give back every text"
+    return None
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
+def _parts(component: dict | None, members: str) -> list[dict]:
+    """The parts of a normalizer, pre-tokenizer or decoder, which may be none, one or a nested sequence."""
+    if component is None:
+        return []
+    if component["type"] != "Sequence":
+        return [component]
+    return [part for member in component[members] for part in _parts(member, members)]

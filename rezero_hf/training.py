@@ -12,14 +12,10 @@ from torch.utils.data import Dataset
 from transformers import EvalPrediction, PrinterCallback, ProgressCallback, Trainer
 
 from .arguments import ReZeroTrainingArguments
-from .callbacks import BitsPerByteProgress, MetricsLog
-from .data import PreparedData
+from .callbacks import MEASURED, BitsPerByteProgress, MetricsLog
+from .data import IGNORE_INDEX, PreparedData
 from .errors import UserError
 from .optim import make_optimizer
-
-
-IGNORED = -100
-MEASURED = ("loss", "bits_per_byte", "tokens", "bytes")
 
 
 def training_steps(args: ReZeroTrainingArguments, prepared: PreparedData) -> int:
@@ -73,8 +69,15 @@ class ReZeroTrainer(Trainer):
         if not self.args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(BitsPerByteProgress)
+        if self.token_bytes is not None and self.args.remove_unused_columns:
+            raise UserError("remove_unused_columns=True would drop shift_labels, which the loss needs; leave it out.")
         self._seen = {"tokens": 0, "bytes": 0}
-        self._interval_start = time.perf_counter()
+        self._tokens = 0
+        self._start = self._interval_start = time.perf_counter()
+
+    def train(self, *args, **kwargs):
+        self._start = self._interval_start = time.perf_counter()
+        return super().train(*args, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """`make_optimizer` with the words of `ReZeroTrainingArguments`; else the library's optimiser."""
@@ -94,7 +97,7 @@ class ReZeroTrainer(Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         if self.token_bytes is not None:
             targets = inputs["shift_labels"].to(self.args.device)
-            self._seen["tokens"] += (targets != IGNORED).sum()
+            self._seen["tokens"] += (targets != IGNORE_INDEX).sum()
             self._seen["bytes"] += self._bytes_of(targets).sum()
         return super().training_step(model, inputs, num_items_in_batch)
 
@@ -104,6 +107,9 @@ class ReZeroTrainer(Trainer):
             tokens, text = (int(self.accelerator.reduce(self._seen[name])) for name in ("tokens", "bytes"))
             logs["bits_per_byte"] = logs["loss"] / math.log(2) * tokens / text if text else math.nan
             logs["tokens_per_second"] = tokens / seconds
+            self._tokens += tokens
+            logs["tokens"] = self._tokens
+            logs["wall_seconds"] = round(time.perf_counter() - self._start, 3)
             self._seen = {"tokens": 0, "bytes": 0}
             self._interval_start = time.perf_counter()
         super().log(logs, start_time)
@@ -129,15 +135,16 @@ class ReZeroTrainer(Trainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             logits = model(input_ids=inputs["input_ids"], use_cache=False).logits
         nats = nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
-        counts = torch.stack([(targets != IGNORED).sum(-1), self._bytes_of(targets).sum(-1)], dim=-1)
-        return None, nats.view_as(targets).double().sum(-1), counts
+        counts = torch.stack([(targets != IGNORE_INDEX).sum(-1), self._bytes_of(targets).sum(-1)], dim=-1)
+        return None, nats.view_as(targets).sum(-1), counts
 
     def _bytes_of(self, targets: torch.Tensor) -> torch.Tensor:
-        return self.token_bytes[targets.clamp(min=0)] * (targets != IGNORED)
+        return self.token_bytes[targets.clamp(min=0)] * (targets != IGNORE_INDEX)
 
 
 def _sum_over_text(rows: EvalPrediction) -> dict[str, float]:
-    nats, (tokens, text) = float(rows.predictions.sum()), (int(count) for count in rows.label_ids.sum(0))
+    nats = float(rows.predictions.sum(dtype=np.float64))
+    tokens, text = (int(count) for count in rows.label_ids.sum(0))
     return {
         "loss": nats / tokens,
         "bits_per_byte": nats / math.log(2) / text if text else math.nan,

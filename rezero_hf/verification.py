@@ -18,7 +18,6 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
 from .errors import UserError
-from .hub import user_section
 
 
 # Pickles run code when they are loaded; optimiser states are large and nobody's business.
@@ -34,12 +33,13 @@ ABSOLUTE_PATH = re.compile(
     r"(?<![\w./~<*-])(?:file://)?(?:~?/[\w.+@-]+(?:/[\w.+@-]*)+|~?/(?:home|root|Users|tmp|mnt|data|scratch)\b|~/)"
     r"|\b[A-Za-z]:\\+Users\b"
 )
-TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
+TOKEN = re.compile(r"\b(?:hf_|ghp_|github_pat_|glpat-|sk-|AKIA)[A-Za-z0-9_-]{16,}")
 # Account and host names that identify nobody, or are ordinary words in a recipe or a card.
 NAMES_OF_NOBODY = {
     "root", "user", "admin", "test", "tests", "ubuntu", "debian", "runner", "docker", "nobody", "jovyan", "localhost",
     "node", "server", "worker", "data", "model", "train", "training", "python", "torch", "rezero", "alpha", "main",
 }  # fmt: skip
+OWN_WORDS = {"README.md", "recipe.yaml", "config.json", "generation_config.json", "tokenizer_config.json"}
 PERSONAL_KEYS = {"user", "username", "login", "host", "hostname", "node", "nodename", "fqdn", "cwd", "home"}
 
 
@@ -86,7 +86,7 @@ def verify_folder(folder: str | Path) -> None:
         raise CheckpointError(folder, problems)
 
 
-def scrub(record: Any) -> Any:
+def scrub(record: Any, names: bool = True) -> Any:
     """Copy a record without what only the machine it was made on needs to know.
 
     Absolute paths shrink to their last part, names of user and host become `<user>` and `<host>`, and fields that hold
@@ -94,16 +94,18 @@ def scrub(record: Any) -> Any:
 
     Args:
         record: Text, or anything JSON can hold.
+        names: Also replace the names of user and host. Not for text that is read again, such as a recipe: a host may
+            be called like one of its words.
     """
     if isinstance(record, dict):
-        return {key: scrub(value) for key, value in record.items() if str(key).lower() not in PERSONAL_KEYS}
+        return {key: scrub(value, names) for key, value in record.items() if str(key).lower() not in PERSONAL_KEYS}
     if isinstance(record, list | tuple):
-        return [scrub(value) for value in record]
+        return [scrub(value, names) for value in record]
     if not isinstance(record, str):
         return record
     text = ABSOLUTE_PATH.sub(lambda found: found.group().rstrip("/\\").rpartition("/")[2] or "<home>", record)
     text = TOKEN.sub("<token>", text)
-    for kind, name in _own_names():
+    for kind, name in _own_names() if names else ():
         text = re.sub(_whole(name), f"<{kind}>", text)
     return text
 
@@ -124,13 +126,14 @@ def _check_text(path: Path, name: str) -> list[str]:
     text = re.sub(r"\\[nrt]", "  ", text)
     for found in ABSOLUTE_PATH.finditer(text):
         problems.append(f"{name}:{text.count(chr(10), 0, found.start()) + 1}: holds an absolute path, {found.group()}")
-    if name == "README.md":
-        # In their own section people may sign.
-        text = text.replace(user_section(text) or "", "")
-    # The package's own source was not written by this machine.
-    for kind, own in [] if path.suffix == ".py" else _own_names():
-        if re.search(_whole(own), text):
-            problems.append(f"{name}: holds this machine's {kind} name, {own}")
+    # What the package writes from its own words is not searched for names: a host may be called like one of them.
+    if path.suffix == ".py" or name in OWN_WORDS:
+        return problems
+    if name == "run.json":
+        text = "\n".join(re.findall(r':\s*"([^"]*)"', text))
+    problems += [
+        f"{name}: holds this machine's {kind} name, {own}" for kind, own in _own_names() if re.search(_whole(own), text)
+    ]
     return problems
 
 

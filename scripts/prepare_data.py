@@ -24,25 +24,31 @@ def main(
     recipe: Annotated[str | None, typer.Argument(help="YAML recipe; its data section is used.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="data.key=value, over the recipe.")] = None,
     source: Annotated[list[str] | None, typer.Option(help="Instead of a recipe: text, any number of times.")] = None,
-    tokenizer: Annotated[str, typer.Option(help="With --source: bytes, a folder or a Hub id.")] = "bytes",
-    block_size: Annotated[int, typer.Option(help="With --source: tokens per block.")] = DataConfig.block_size,
+    tokenizer: Annotated[str | None, typer.Option(help="With --source: bytes (default), a folder or a Hub id.")] = None,
+    block_size: Annotated[int | None, typer.Option(help="With --source: tokens per block (default 256).")] = None,
     cache_dir: Annotated[str | None, typer.Option(help="With --source: where the shards go.")] = None,
-    verify: Annotated[bool, typer.Option(help="Compare the hash of every shard.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Compare the hash of every shard.")] = False,
 ) -> None:
     """Prepare the text of RECIPE, or of --source, and say what came out."""
     if (recipe is None) == (source is None):
         raise UserError("name a recipe or at least one --source, and not both")
+    options = {"tokenizer": tokenizer, "block_size": block_size, "cache_dir": cache_dir}
+    given = {name: value for name, value in options.items() if value is not None}
     if recipe is not None:
+        for name, value in given.items():
+            option = name.replace("_", "-")
+            raise UserError(f"--{option} goes with --source; beside a recipe write data.{name}={value}")
         config = load_recipe(recipe, overrides or ()).data
     else:
-        config = DataConfig([Source(name) for name in source], tokenizer, block_size, cache_dir=cache_dir)
+        config = DataConfig([Source(name) for name in source], **given)
     prepared = prepare(config, load_tokenizer(config.tokenizer))
-    if verify:
-        prepared.verify()
     for split in SPLITS:
         totals = prepared.totals(split)
         print(f"{split:<10} " + "  ".join(f"{count:>13,} {name}" for name, count in totals.items()))
     print(f"shards in {prepared.folder}")
+    if verify:
+        prepared.verify()
+        print("every shard is as it was written")
 
 
 if __name__ == "__main__":

@@ -14,23 +14,27 @@ from rezero_hf.cli import run
 from rezero_hf.results import collect, splice, table
 
 
-RESULTS = Path("model_cards/results")
+CARDS = Path("model_cards")
 
 
 def main(
-    runs: Annotated[
-        list[Path] | None, typer.Argument(help="folders of finished runs; none only rewrites the README")
-    ] = None,
+    runs: Annotated[list[Path] | None, typer.Argument(help="finished runs; none only rewrites the README")] = None,
 ):
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    for folder in runs or ():
-        record = collect(folder)
+    collected = [(folder, collect(folder)) for folder in runs or ()]
+    results = CARDS / "results"
+    results.mkdir(parents=True, exist_ok=True)
+    for folder, record in collected:
         name = f"{record['name']}-seed{record['seed']}"
-        (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        shutil.copyfile(folder / "model" / "README.md", RESULTS.parent / f"{name}.md")
-        shutil.copytree(folder / "model" / "figures", RESULTS.parent / "figures" / name, dirs_exist_ok=True)
-        print(f"{folder} -> {RESULTS / name}.json")
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))]
+        (results / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        # The card and its pictures keep their places relative to each other.
+        card = CARDS / name
+        shutil.rmtree(card, ignore_errors=True)
+        card.mkdir()
+        shutil.copyfile(folder / "model" / "README.md", card / "README.md")
+        if (folder / "model" / "figures").exists():
+            shutil.copytree(folder / "model" / "figures", card / "figures")
+        print(f"{folder} -> {results / name}.json, {card}")
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*.json"))]
     readme = Path("README.md")
     readme.write_text(splice(readme.read_text(encoding="utf-8"), table(records)), encoding="utf-8")
 

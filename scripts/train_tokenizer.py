@@ -14,6 +14,7 @@ import typer
 from rezero_hf.cli import run
 from rezero_hf.corpora import open_corpus
 from rezero_hf.data import DataConfig, Source
+from rezero_hf.sources import explained, writable_folder
 from rezero_hf.tokenization import train_bpe
 
 
@@ -25,6 +26,8 @@ def main(
     cache_dir: Annotated[Path, typer.Option(help="Where hashes of files are remembered.")] = Path("~/.cache/rezero_hf"),
 ) -> None:
     """Train on all --source together and write --output."""
+    # Training takes minutes, so whether its result has a place comes first.
+    output = writable_folder(output, "name another folder with --output")
     defaults = DataConfig()
     corpora = [
         open_corpus(Source(name), defaults.validation_fraction, defaults.test_fraction, cache_dir.expanduser())
@@ -32,7 +35,8 @@ def main(
     ]
     pieces = (piece for corpus in corpora for piece in corpus.pieces() if piece.split == "train")
     tokenizer = train_bpe((piece.data.decode("utf-8", "ignore") for piece in pieces), vocab_size)
-    tokenizer.save_pretrained(output)
+    with explained(f"cannot write into {output}", "name another folder with --output", kinds=Exception):
+        tokenizer.save_pretrained(output)
     print(f"{len(tokenizer)} ids in {output}; use it as data.tokenizer={output}")
 
 

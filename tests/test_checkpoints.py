@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from rezero_hf import checkpoints
-from rezero_hf.checkpoints import export_folder
+from rezero_hf.checkpoints import export_folder, rescue
 from rezero_hf.errors import UserError
 from rezero_hf.hub import USER_SECTION
 from rezero_hf.models import ReZeroConfig, ReZeroForCausalLM
@@ -314,9 +314,7 @@ def test_an_export_scrubs_what_it_publishes(tmp_path, tokenizer, monkeypatch):
         "data": {"sources": [{"path": "/home/mallory/corpus.txt"}], "user": "mallory"},
     }
     before = copy.deepcopy(run)
-    folder = export_folder(
-        tiny(), tokenizer, tmp_path / "m", run=run, recipe_text="# by mallory\npath: /data/x/c.txt\n"
-    )
+    folder = export_folder(tiny(), tokenizer, tmp_path / "m", run=run, recipe_text="path: /data/mallory/c.txt\n")
     assert run == before
     assert b"mallory" not in b"".join(tree(folder).values())
     assert json.loads((folder / "run.json").read_text()) == RUN | {
@@ -324,7 +322,7 @@ def test_an_export_scrubs_what_it_publishes(tmp_path, tokenizer, monkeypatch):
         "device": "2 x H200 on <host>",
         "data": {"sources": [{"path": "corpus.txt"}]},
     }
-    assert (folder / "recipe.yaml").read_text() == "# by <user>\npath: c.txt\n"
+    assert (folder / "recipe.yaml").read_text() == "path: c.txt\n"
 
 
 @pytest.mark.parametrize(
@@ -433,3 +431,13 @@ def offline(tmp_path):
         "HF_HOME": str(tmp_path),
         "HF_MODULES_CACHE": str(tmp_path / "modules"),
     }
+
+
+def test_a_trained_model_is_rescued_when_publishing_fails(tmp_path, tokenizer):
+    """Whatever goes wrong between training and the finished folder, the weights are on disk and the message says where."""
+    model = tiny()
+    message = r"No space left on device\n.*its weights are safe in .*rescued"
+    with pytest.raises(UserError, match=message), rescue(model, tokenizer, tmp_path / "rescued"):
+        raise OSError("No space left on device")
+    again = ReZeroForCausalLM.from_pretrained(tmp_path / "rescued")
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())

@@ -302,7 +302,7 @@ def test_enwik8_checks_what_it_reads(tmp_path, small_enwik8):
         ),
         ("other", "other is not enwik8: .*: download enwik8.zip"),
         ("no-member.zip", "no-member.zip has no member named enwik8"),
-        ("bad.zip", "bad.zip is damaged"),
+        ("bad.zip", r"bad.zip cannot be read \(Bad CRC-32 for file 'enwik8'\): download enwik8.zip"),
     ):
         with pytest.raises(DataError, match=message):
             next(Enwik8(tmp_path / name, tmp_path, facts).pieces())

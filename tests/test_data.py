@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import pickle
-import runpy
 import signal
 import sys
 import time
@@ -59,9 +58,6 @@ def text_file(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("".join(f"line {i} of this text\n" for i in range(400)))
     return path
-
-
-# --- packing
 
 
 @both
@@ -141,9 +137,6 @@ def test_enwik8_with_a_text_tokenizer_leaves_out_only_cut_characters(tmp_path, m
     assert BPE.decode(whole_stream(cut)[:-1]) == text[: facts.train - 1].decode()
 
 
-# --- reuse
-
-
 def test_the_second_time_no_text_is_read(tmp_path, text_file, monkeypatch):
     """Prepared data is opened, not made again, and says the same about itself."""
     config = config_for(tmp_path, text_file)
@@ -184,9 +177,6 @@ def test_record_is_json_without_absolute_paths(tmp_path, text_file):
         assert totals == {key: files["splits"][split][key] + stdlib["splits"][split][key] for key in totals}
 
 
-# --- interruption and concurrency
-
-
 def test_an_error_in_the_middle_leaves_nothing(tmp_path, text_file, monkeypatch):
     """A failure after a shard was written removes it, and the next run succeeds."""
     config = config_for(tmp_path, text_file)
@@ -205,7 +195,7 @@ def test_an_error_in_the_middle_leaves_nothing(tmp_path, text_file, monkeypatch)
     prepare(config, BYTES, progress=False).verify()
 
 
-@pytest.mark.parametrize("moment", ["_sync", "_sync_folder"])
+@pytest.mark.parametrize("moment", ["sync", "_sync_folder"])
 def test_a_killed_preparation_looks_like_none(tmp_path, text_file, monkeypatch, moment):
     """SIGKILL while a shard or the folder is written leaves no index; the next run clears up and succeeds."""
     config = config_for(tmp_path, text_file)
@@ -246,9 +236,6 @@ def test_two_processes_at_once(tmp_path, text_file, monkeypatch):
         worker.join()
     assert [worker.exitcode for worker in workers] == [0, 0, 0]
     assert written.read_text() == "xxx"
-
-
-# --- bad input
 
 
 @pytest.mark.parametrize(
@@ -342,9 +329,6 @@ def test_bad_evaluation_requests(tmp_path, text_file):
     ):
         with pytest.raises(DataError, match=message):
             EvalBlocks(prepared, split, blocks)
-
-
-# --- blocks
 
 
 @settings(deadline=None)
@@ -484,31 +468,3 @@ def test_max_blocks_are_spread_and_fixed(tmp_path, text_file):
     some = [everything.index(item["input_ids"].tolist()) for item in EvalBlocks(prepared, "validation", 5)]
     assert some == [i * len(everything) // 5 for i in range(5)]
     assert len(EvalBlocks(prepared, "validation", 10**6)) == len(everything)
-
-
-# --- script
-
-
-def run_script(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["prepare_data.py", *map(str, arguments)])
-    with pytest.raises(SystemExit) as exit:
-        runpy.run_path("scripts/prepare_data.py", run_name="__main__")
-    return exit.value.code
-
-
-def test_prepare_data_script(tmp_path, text_file, monkeypatch, capsys):
-    """From a source or a recipe it prints sizes and the folder; bad input is one line and status 2."""
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(f"data:\n  sources: [{text_file}]\n  cache_dir: {tmp_path / 'cache'}\n")
-    cache = ("--cache-dir", tmp_path / "cache")
-    assert run_script(monkeypatch, "--source", text_file, *cache, "--verify") == 0
-    from_source = capsys.readouterr().out
-    assert "train " in from_source
-    assert f"shards in {tmp_path / 'cache'}" in from_source
-    assert run_script(monkeypatch, recipe, "data.block_size=32") == 0
-    assert capsys.readouterr().out == from_source
-    assert run_script(monkeypatch, "--source", tmp_path / "missing.txt", *cache) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: data.sources: ")
-    assert error.count("\n") == 1
-    assert run_script(monkeypatch) == 2

@@ -85,7 +85,7 @@ def test_the_resolved_recipe_writes_out_every_default_and_loads_again(recipe, tm
         ("training.optimizer=sgd", "training.optimizer='sgd': expected one of adamw, lamb, muon"),
         ("model.residual=zero", "model.residual='zero': expected one of rezero, rezero_pre_norm, pre_norm"),
         ("model.hidden_size=65", "hidden_size=65 is not a multiple of num_attention_heads=2"),
-        ("model.vocab_size=64", "model.vocab_size=64 is smaller than the 259 tokens of data.tokenizer='bytes'"),
+        ("model.vocab_size=64", "model.vocab_size=64 is smaller than the 259 ids of data.tokenizer='bytes'"),
         ("model.max_position_embeddings=32", "max_position_embeddings=32 is smaller than data.block_size=64"),
         ("training.max_steps", "override 'training.max_steps' is not of the form section.key=value"),
         ("training.max_steps=[", "override 'training.max_steps=.*the value is not YAML"),

@@ -1,6 +1,7 @@
 """Committed numbers: collected from a run's own files, and the only source of the README's table."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,24 @@ RECORD = {
     "device": "a machine",
     "versions": {"torch": "9.9", "transformers": "8.8"},
     "git": {"sha": "0123456789abcdef", "dirty": True},
+    "smoke": False,
 }
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A finished run's folder; a function that changes its record."""
+    rows = [{"event": "train", "step": 1}, {"event": "eval", "step": 2, "bits_per_byte": 1.5}]
+    (tmp_path / "recipe.yaml").write_text("name: demo\n")
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "README.md").write_text("card")
+
+    def record(**changes):
+        (tmp_path / "run.json").write_text(json.dumps({**RECORD, **changes}))
+        return tmp_path
+
+    return record
 
 
 def test_a_row_shows_what_the_record_says():
@@ -31,19 +49,21 @@ def test_a_row_shows_what_the_record_says():
     )
 
 
-def test_collecting_takes_a_runs_files_without_the_machines_paths(tmp_path):
-    (tmp_path / "run.json").write_text(json.dumps({**RECORD, "command": "pretrain.py /somewhere/private/recipe.yaml"}))
-    (tmp_path / "recipe.yaml").write_text("name: demo\n")
-    rows = [{"event": "train", "step": 1}, {"event": "eval", "step": 2, "bits_per_byte": 1.5}]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    record = collect(tmp_path)
+def test_collecting_takes_a_runs_files_without_the_machines_paths(run):
+    record = collect(run(command="pretrain.py /somewhere/private/recipe.yaml"))
     assert record["command"] == "pretrain.py recipe.yaml"
-    assert record["evaluations"] == rows[1:] and record["recipe"] == "name: demo\n"
+    assert record["evaluations"] == [{"event": "eval", "step": 2, "bits_per_byte": 1.5}]
+    assert record["recipe"] == "name: demo\n"
 
 
-def test_an_unfinished_run_is_one_clear_line(tmp_path):
+def test_a_run_that_is_no_result_is_refused(run, tmp_path):
+    """Unfinished, smoke and diverged runs cannot replace a committed number."""
     with pytest.raises(UserError, match=r"run\.json is missing: .* holds no finished run"):
         collect(tmp_path)
+    with pytest.raises(UserError, match="is a smoke run"):
+        collect(run(smoke=True))
+    with pytest.raises(UserError, match="nan bits per byte on test: it diverged"):
+        collect(run(results={"test": {"bits_per_byte": float("nan")}}))
 
 
 def test_splicing_replaces_only_what_is_between_the_markers():
@@ -56,5 +76,14 @@ def test_splicing_replaces_only_what_is_between_the_markers():
 def test_the_readmes_table_is_made_from_the_committed_records():
     """Regenerated from `model_cards/results`, the README does not change: nothing in the table was typed."""
     records = [json.loads(path.read_text()) for path in sorted((ROOT / "model_cards" / "results").glob("*.json"))]
+    assert records
     readme = (ROOT / "README.md").read_text()
     assert splice(readme, table(records)) == readme
+
+
+def test_every_committed_card_shows_pictures_that_are_there():
+    cards = sorted((ROOT / "model_cards").glob("*/README.md"))
+    assert cards
+    for card in cards:
+        for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", card.read_text()):
+            assert (card.parent / picture).exists(), f"{card}: {picture}"

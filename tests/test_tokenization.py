@@ -1,8 +1,5 @@
 """Both tokenizers are lossless, plain Transformers objects, and their bytes can be counted."""
 
-import runpy
-import sys
-
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
@@ -153,26 +150,3 @@ def test_load_tokenizer(tmp_path):
         ) as e:
             load_tokenizer(str(path))
         assert "\n" not in str(e.value)
-
-
-def test_train_tokenizer_script(tmp_path, monkeypatch, capsys):
-    """The script writes a folder that load_tokenizer takes, trained on the training part only."""
-    text = tmp_path / "text.txt"
-    text.write_text("common words here\n" * 2000 + "zyzzyva " * 100)
-    arguments = [
-        "--source",
-        text,
-        "--vocab-size",
-        280,
-        "--output",
-        tmp_path / "out",
-        "--cache-dir",
-        tmp_path / "cache",
-    ]
-    monkeypatch.setattr(sys, "argv", ["train_tokenizer.py", *map(str, arguments)])
-    with pytest.raises(SystemExit, match="0"):
-        runpy.run_path("scripts/train_tokenizer.py", run_name="__main__")
-    tokenizer = load_tokenizer(str(tmp_path / "out"))
-    assert f"{len(tokenizer)} ids in" in capsys.readouterr().out
-    assert len(tokenizer("common").input_ids) < 6
-    assert len(tokenizer("zyzzyva").input_ids) == 7

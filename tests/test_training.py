@@ -1,6 +1,10 @@
 """ReZeroTrainer: gate groups, bits per byte that weigh every byte once, and a record of the run."""
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -84,14 +88,20 @@ def test_a_run_records_steps_evaluations_and_every_gate(prepared, tmp_path):
         assert all(len(value) == 1 and value[0] != 0 for value in row["alpha"].values())
 
 
-def test_training_accumulates_to_the_same_weights(prepared, tmp_path):
-    """One pass of 8 sequences and four of 2 give the same weights: the loss is a mean over all targets of the step."""
-    weights = []
+def test_accumulating_gives_the_same_losses_gradients_and_weights(prepared, tmp_path):
+    """One pass of 8 sequences and four of 2: the loss of a step is a mean over all its targets, however they arrive."""
+    runs = []
     for per_device in (8, 2):
-        trainer = trainer_for(prepared, tmp_path, global_batch_size=8, per_device_train_batch_size=per_device)
+        batch = {"global_batch_size": 8, "per_device_train_batch_size": per_device, "logging_steps": 1}
+        trainer = trainer_for(prepared, tmp_path, tmp_path / str(per_device), gate_init=0.5, **batch)
         trainer.train()
-        weights.append(torch.cat([parameter.flatten() for parameter in trainer.model.parameters()]))
-    assert torch.allclose(*weights, atol=2e-4)
+        rows = read_metrics(tmp_path / str(per_device) / "metrics.jsonl")
+        weights = torch.cat([parameter.flatten() for parameter in trainer.model.parameters()])
+        runs.append(([row["loss"] for row in rows], [row["grad_norm"] for row in rows], weights))
+    (losses, norms, weights), (again_losses, again_norms, again_weights) = runs
+    assert again_losses == pytest.approx(losses, rel=1e-4)
+    assert again_norms == pytest.approx(norms, rel=1e-3)
+    assert torch.allclose(weights, again_weights, atol=2e-4)
 
 
 def test_the_same_seed_trains_the_same_and_another_does_not(prepared, tmp_path):
@@ -124,27 +134,90 @@ def test_epochs_become_steps(prepared, tmp_path):
         training_steps(args, prepared)
 
 
-@pytest.mark.parametrize("tracker", ["tensorboard", "trackio"])
-def test_trackers_record_the_run(prepared, tmp_path, monkeypatch, tracker):
-    """`report_to` works: the tracker's own files hold the run afterwards."""
+def test_tensorboard_gets_the_losses_and_bits_per_byte(prepared, tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tensorboard"))
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
-    trainer_for(prepared, tmp_path, report_to=[tracker], logging_steps=1, project="demo").train()
-    files = [path for path in (tmp_path / tracker).rglob("*") if path.is_file() and path.stat().st_size > 0]
-    assert files
+    run = tmp_path / "run"
+    trainer_for(prepared, tmp_path, run, report_to=["tensorboard"], logging_steps=1).train()
+    events = EventAccumulator(str(next((tmp_path / "tensorboard").rglob("events.*")).parent)).Reload()
+    rows = read_metrics(run / "metrics.jsonl")
+    for name in ("loss", "bits_per_byte", "tokens_per_second"):
+        logged = {event.step: event.value for event in events.Scalars(f"train/{name}")}
+        assert logged == pytest.approx({row["step"]: row[name] for row in rows})
+
+
+def test_trackio_gets_the_losses_and_bits_per_byte(prepared, tmp_path):
+    """In a process of its own, because trackio reads its folder's name when it is imported."""
+    code = f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+from pathlib import Path
+from test_training import *
+config = DataConfig(sources=[Source(source={prepared.config.sources[0].source!r})], block_size=BLOCK,
+                    cache_dir={prepared.config.cache_dir!r})
+trainer = trainer_for(prepare(config, byte_tokenizer()), Path({str(tmp_path)!r}), report_to=["trackio"],
+                      logging_steps=1, project="demo")
+trainer.train()
+"""
+    environment = {**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    stored = b"".join(path.read_bytes() for path in (tmp_path / "trackio").rglob("*demo*") if path.is_file())
+    assert b"bits_per_byte" in stored and b"grad_norm" in stored
 
 
 def test_an_earlier_run_is_moved_aside_not_overwritten(tmp_path):
+    """Each run gets an empty folder of its own; what an earlier one wrote stays as it was."""
     run = tmp_path / "run"
-    assert new_run_dir(run) is None
-    (run / "metrics.jsonl").write_text("first")
-    assert new_run_dir(run) == tmp_path / "run.1"
-    assert not list(run.iterdir()) and (tmp_path / "run.1" / "metrics.jsonl").read_text() == "first"
-    (run / "metrics.jsonl").write_text("second")
-    assert new_run_dir(run) == tmp_path / "run.2"
+    for number, text in ((0, "first"), (1, "second"), (2, "third")):
+        claimed = new_run_dir(run)
+        assert claimed.aside == (tmp_path / f"run.{number}" if number else None)
+        assert not list(run.iterdir())
+        (run / "recipe.yaml").write_text(text)
+        claimed.lock.release()
+    assert [(tmp_path / f"run.{n}" / "recipe.yaml").read_text() for n in (1, 2)] == ["first", "second"]
+
+
+def test_a_folder_that_is_no_run_or_is_in_use_is_left_alone(tmp_path):
+    """Somebody's documents are not moved away, and two runs never write into one folder."""
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="thesis is not empty and holds no run; choose another folder with --output"):
+        new_run_dir(tmp_path / "thesis")
+    assert (tmp_path / "thesis" / "thesis.txt").read_text() == "mine"
+    claimed = new_run_dir(tmp_path / "run")
+    code = f"from rezero_hf.runs import new_run_dir; new_run_dir({str(claimed.path)!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "another run is writing there" in done.stderr
 
 
 def test_a_run_folder_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"file/run: no run can be written there \(Not a directory\)"):
+    with pytest.raises(UserError, match=r"file/run: no run can be written there \((Not a directory|File exists)\)"):
         new_run_dir(tmp_path / "file" / "run")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size=0: must be at least 1"),
+        ({"global_batch_size": 0}, "global_batch_size=0: must be at least 1"),
+        ({"eval_blocks": 0}, "eval_blocks=0: must be at least 1"),
+        ({"learning_rate": -1.0}, "learning_rate=-1.0: must be a finite number, 0 or more"),
+        ({"seed": -1}, "seed=-1: must be a finite number, 0 or more"),
+        ({"num_train_epochs": math.inf}, "num_train_epochs=inf: must be a finite number"),
+        ({"adam_beta1": 2.0}, r"adam_beta1=2.0: must be in \[0, 1\)"),
+        ({"max_steps": 0}, "max_steps=0: must be at least 1, or -1"),
+        ({"optimizer": "sgd"}, "optimizer='sgd' is unknown; one of adamw, lamb, muon"),
+        ({"remove_unused_columns": True}, "remove_unused_columns=True would drop shift_labels"),
+    ],
+)
+def test_an_argument_out_of_range_is_one_line(prepared, tmp_path, arguments, message):
+    with pytest.raises(UserError, match=message):
+        trainer_for(prepared, tmp_path, **arguments)
+
+
+def test_a_missing_package_is_named_before_anything_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr("rezero_hf.arguments.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="optimizer='muon' needs a package: pip install pytorch-optimizer"):
+        ReZeroTrainingArguments(output_dir=str(tmp_path), optimizer="muon")
