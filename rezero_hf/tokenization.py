@@ -112,7 +112,10 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
     if not tokenizer.is_fast:
         raise DataError(f"tokenizer {name!r} has no fast backend: convert it to a tokenizer.json first")
     if reason := _what_is_lost(tokenizer):
-        raise DataError(f"tokenizer {name!r} {reason}, so bits per byte are not defined: {_WAY_OUT}")
+        raise DataError(
+            f"tokenizer {name!r} {reason}, so bits per byte are not defined: {_WAY_OUT}, or another lossless "
+            "byte-level tokenizer"
+        )
 
 
 def token_byte_lengths(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:

@@ -246,6 +246,37 @@ def test_bad_paths_and_files(tmp_path):
         assert "\n" not in str(error.value)
 
 
+def test_damaged_memory_is_found_out_again(tmp_path, monkeypatch):
+    """What is remembered about files may be empty, cut, unreadable or something else: the files are read again."""
+    (tmp_path / "a.py").write_text("x = 1\n")
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(tmp_path)})
+    for source in ("python-stdlib", tmp_path / "a.py"):
+        cache = tmp_path / f"cache-{source == 'python-stdlib'}"
+        first = corpus_of(source, cache).identity()
+        (memory,) = (cache / "known").iterdir()
+        whole = memory.read_bytes()
+        for content in (b"", whole[:-1], b"[]", b"{}", b"\xff"):
+            memory.write_bytes(content)
+            assert corpus_of(source, cache).identity() == first
+            assert memory.read_bytes() == whole
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that nobody can read, as Linux has")
+def test_files_that_cannot_be_read(tmp_path, monkeypatch):
+    """Every corpus of files names the file and the cause."""
+    (tmp_path / "a.py").symlink_to("/proc/self/mem")
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(tmp_path)})
+    for read in (
+        lambda: corpus_of(tmp_path, tmp_path / "cache"),
+        lambda: corpus_of("python-stdlib", tmp_path / "cache").identity(),
+        lambda: list(corpus_of(f"enwik8:{tmp_path}/a.py", tmp_path / "cache").pieces()),
+    ):
+        with pytest.raises(
+            DataError, match=r"^data.sources: .*a.py cannot be read \(\[Errno 5\] Input/output error\): "
+        ):
+            read()
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import normalizers
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
@@ -29,6 +30,7 @@ from rezero_hf.tokenization import byte_tokenizer, token_byte_lengths, train_bpe
 BYTES = byte_tokenizer()
 BPE = train_bpe(["some words, some more words\n漢字 🙂\n"] * 9, 290)
 END = BYTES.eos_token_id
+UNSPLIT = {"validation_fraction": 0.0, "test_fraction": 0.0}
 both = pytest.mark.parametrize("tokenizer", [BYTES, BPE], ids=["bytes", "bpe"])
 # multiprocessing's fork: a process that has imported torch already, so that these tests take milliseconds.
 fork = multiprocessing.get_context("fork")
@@ -60,6 +62,11 @@ def text_file(tmp_path):
     return path
 
 
+@pytest.fixture
+def prepared(tmp_path, text_file):
+    return prepare(config_for(tmp_path, text_file), BYTES, progress=False)
+
+
 @both
 @settings(max_examples=25, deadline=None)
 @given(texts=st.lists(st.text(min_size=1), min_size=1, max_size=4, unique=True), shard_tokens=st.integers(1, 40))
@@ -68,14 +75,7 @@ def test_what_is_packed_is_what_the_tokenizer_says(tmp_path_factory, tokenizer, 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards, "SHARD_TOKENS", shard_tokens)
         patch.setattr(shards, "_ENCODE_BYTES", 10)
-        prepared = prepared_from(
-            tmp_path_factory.mktemp("pack"),
-            *texts,
-            tokenizer=tokenizer,
-            block_size=1,
-            validation_fraction=0.0,
-            test_fraction=0.0,
-        )
+        prepared = prepared_from(tmp_path_factory.mktemp("pack"), *texts, tokenizer=tokenizer, block_size=1, **UNSPLIT)
     stream = whole_stream(prepared)
     ends = [-1] + [i for i, token in enumerate(stream) if token == tokenizer.eos_token_id]
     documents = [stream[a + 1 : b] for a, b in itertools.pairwise(ends)]
@@ -96,7 +96,7 @@ def test_any_span_reads_across_shards(tmp_path_factory, spans):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards, "SHARD_TOKENS", 7)
         text = "".join(map(chr, range(32, 126)))
-        prepared = prepared_from(tmp_path_factory.mktemp("read"), text, validation_fraction=0.0, test_fraction=0.0)
+        prepared = prepared_from(tmp_path_factory.mktemp("read"), text, **UNSPLIT)
     expected = [END, *text.encode(), END]
     stream = pickle.loads(pickle.dumps(prepared.stream("train", 0)))
     for start, stop in spans:
@@ -106,7 +106,7 @@ def test_any_span_reads_across_shards(tmp_path_factory, spans):
 
 def test_a_document_cannot_forge_its_end(tmp_path):
     """Text that spells the separator is packed as its characters."""
-    prepared = prepared_from(tmp_path, "a<|endoftext|>b" * 9, validation_fraction=0.0, test_fraction=0.0)
+    prepared = prepared_from(tmp_path, "a<|endoftext|>b" * 9, **UNSPLIT)
     assert whole_stream(prepared).count(END) == 1
 
 
@@ -247,6 +247,7 @@ def test_two_processes_at_once(tmp_path, text_file, monkeypatch):
         ({"test_fraction": -0.1}, "data.test_fraction is -0.1"),
         ({"validation_fraction": 0.5, "test_fraction": 0.5}, "leave nothing to train on: lower them"),
         ({"sources": [Source(weight=-1.0)]}, r"data.sources\[0\]: weight of 'python-stdlib' is -1.0"),
+        ({"sources": [Source(), Source(weight=1e-4)]}, r"data.sources: weight 0.0001 is below 1/1000 of the sum"),
     ],
 )
 def test_values_that_make_no_sense(fields, message):
@@ -258,7 +259,7 @@ def test_values_that_make_no_sense(fields, message):
 def test_text_shorter_than_a_block(tmp_path):
     """One line with the sizes and the way out."""
     with pytest.raises(DataError, match=r"in' gives 4 training tokens, less than one block of 16: add text or lower"):
-        prepared_from(tmp_path, "abc", validation_fraction=0.0, test_fraction=0.0)
+        prepared_from(tmp_path, "abc", **UNSPLIT)
 
 
 def test_undecodable_text_leaves_nothing_behind(tmp_path):
@@ -283,33 +284,57 @@ def test_damaged_shards(tmp_path, text_file):
     with pytest.raises(DataError, match=f"{shard} has {len(content) - 1} bytes instead of {len(content)}: {way_out}"):
         prepare(config, BYTES)
     shard.write_bytes(bytes([content[0] ^ 1]) + content[1:])
-    with pytest.raises(DataError, match=f"{shard} does not have the recorded sha256: {way_out}"):
+    with pytest.raises(DataError, match=f"{shard} is damaged: its content has changed .*: {way_out}"):
         prepare(config, BYTES).verify()
     shard.unlink()
     with pytest.raises(DataError, match=f"{shard} is missing: {way_out}"):
         prepare(config, BYTES)
     index = prepared.folder / "index.json"
-    index.write_text(index.read_text()[:50])
-    with pytest.raises(DataError, match=f"{index} is damaged: {way_out}"):
-        prepare(config, BYTES)
+    whole = json.loads(index.read_text())
+    no_totals = [{"splits": {**whole["sources"][0]["splits"], "test": {}}}]
+    changes = ({"sources": 1}, {"sources": []}, {"sources": no_totals}, {"dtype": "none"}, {"tokenizer": {}})
+    for damaged in ([], {}, "", {"dtype": whole["dtype"]}, *({**whole, **change} for change in changes)):
+        index.write_text(json.dumps(damaged))
+        with pytest.raises(DataError, match=f"{index} is damaged: {way_out}"):
+            prepare(config, BYTES)
     index.unlink()
     prepare(config, BYTES, progress=False).verify()
 
 
-def test_ids_beyond_the_vocabulary(tmp_path, text_file):
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_an_id_that_was_never_written(tmp_path, text_file, split):
+    """A damaged shard of the right size is named when such an id is read, before a model looks the id up."""
+    config = config_for(tmp_path, text_file)
+    shard = prepare(config, BYTES, progress=False).folder / f"{split}-0-00000.bin"
+    ids = np.fromfile(shard, np.uint16)
+    ids[20] = 60_000
+    ids.tofile(shard)
+    prepared = prepare(config, BYTES)
+    message = f"shard {shard} is damaged: it holds token id 60000, but none above 256 was written: delete"
+    with pytest.raises(DataError, match=message):
+        list(TrainBlocks(prepared, 0, 600) if split == "train" else EvalBlocks(prepared, split))
+
+
+def test_ids_beyond_the_vocabulary(prepared):
     """A model that is too small for the ids is told the highest id and the size it needs."""
-    prepared = prepare(config_for(tmp_path, text_file), BYTES, progress=False)
     prepared.check_vocab(259)
     message = r"model.vocab_size is 256, but the data has token ids up to 257 .* at least 259"
     with pytest.raises(DataError, match=message):
         prepared.check_vocab(256)
 
 
-def test_tokenizer_without_a_separator(tmp_path, text_file):
-    """A tokenizer that cannot end a document is refused."""
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=BYTES.backend_tokenizer)
-    with pytest.raises(DataError, match="tokenizer 'bytes' has no eos_token to put between documents"):
-        prepare(config_for(tmp_path, text_file), tokenizer)
+def test_tokenizers_that_cannot_be_used(tmp_path, text_file):
+    """One that cannot end a document or loses text is refused before anything is read or written."""
+    no_end = PreTrainedTokenizerFast(tokenizer_object=BYTES.backend_tokenizer)
+    lossy = byte_tokenizer()
+    lossy.backend_tokenizer.normalizer = normalizers.NFC()
+    for tokenizer, message in (
+        (no_end, "tokenizer 'bytes' has no eos_token to put between documents"),
+        (lossy, r"changes text before reading it \(normalizer NFC\)"),
+    ):
+        with pytest.raises(DataError, match=message):
+            prepare(config_for(tmp_path, text_file), tokenizer)
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_cache_that_cannot_be_written(tmp_path, text_file):
@@ -325,7 +350,7 @@ def test_bad_evaluation_requests(tmp_path, text_file):
     for split, blocks, message in (
         ("valid", None, "split 'valid' does not exist: use one of train, validation, test"),
         ("test", None, "the test split is empty: raise data.test_fraction"),
-        ("validation", 0, "max_blocks is 0: at least 1"),
+        ("validation", 0, "on 0 blocks: set training.eval_blocks and training.final_eval_blocks to at least 1"),
     ):
         with pytest.raises(DataError, match=message):
             EvalBlocks(prepared, split, blocks)
@@ -363,15 +388,8 @@ def test_mixture_is_exact_and_even(weights, start):
         assert np.abs(seen - np.arange(1, 1001) * counts[source] / 1000).max() <= len(weights)
 
 
-def test_weight_below_the_resolution():
-    """A weight too small for one slot in a thousand is refused, not dropped silently."""
-    with pytest.raises(DataError, match="a weight is below 1/1000 of the sum"):
-        mixture_pattern([1.0, 1e-4])
-
-
-def test_an_epoch_visits_every_block_once(tmp_path, text_file):
+def test_an_epoch_visits_every_block_once(prepared):
     """Each pass over the text is a new order of the same blocks, and blocks tile the text."""
-    prepared = prepare(config_for(tmp_path, text_file), BYTES, progress=False)
     stream = whole_stream(prepared)
     n = len(stream) // 16
     blocks = TrainBlocks(prepared, seed=3, num_blocks=2 * n)
@@ -381,9 +399,8 @@ def test_an_epoch_visits_every_block_once(tmp_path, text_file):
     assert passes[0] != passes[1]
 
 
-def test_order_is_a_function_of_seed_and_index(tmp_path, text_file):
+def test_order_is_a_function_of_seed_and_index(prepared):
     """Length of the run, earlier reads and worker processes do not change what stands at an index; the seed does."""
-    prepared = prepare(config_for(tmp_path, text_file), BYTES, progress=False)
     whole = TrainBlocks(prepared, seed=0, num_blocks=600)
     straight = [whole[i]["input_ids"] for i in range(600)]
     longer = TrainBlocks(prepared, seed=0, num_blocks=10**9)
@@ -398,9 +415,8 @@ def test_order_is_a_function_of_seed_and_index(tmp_path, text_file):
         whole[600]
 
 
-def test_item_layout(tmp_path, text_file):
+def test_item_layout(prepared):
     """labels are the inputs, shift_labels the next tokens; the first block of a text follows a separator."""
-    prepared = prepare(config_for(tmp_path, text_file), BYTES, progress=False)
     blocks = TrainBlocks(prepared, 0, 600)
     for item in (blocks[0], blocks[1], EvalBlocks(prepared, "validation")[0]):
         assert set(item) == {"input_ids", "labels", "shift_labels"}
@@ -416,8 +432,7 @@ def test_mixture_takes_blocks_by_weight(tmp_path):
     for name, size in (("a", 300), ("b", 3000)):
         (tmp_path / f"{name}.txt").write_text(name * size)
     sources = [Source(str(tmp_path / "a.txt"), weight=3.0), Source(str(tmp_path / "b.txt"))]
-    fields = {"validation_fraction": 0.0, "test_fraction": 0.0}
-    prepared = prepare(config_for(tmp_path, *sources, **fields), BYTES, progress=False)
+    prepared = prepare(config_for(tmp_path, *sources, **UNSPLIT), BYTES, progress=False)
     blocks = TrainBlocks(prepared, 0, 4000)
     places = [blocks.locate(i) for i in range(4000)]
     assert [sum(source == number for source, _ in places) for number in (0, 1)] == [3000, 1000]
@@ -438,8 +453,7 @@ def test_evaluation_predicts_every_token_once(tmp_path_factory, sizes, block_siz
     for number, text in enumerate(texts):
         (folder / f"{number}.txt").write_text(text)
     paths = [folder / f"{number}.txt" for number in range(len(texts))]
-    fields = {"block_size": block_size, "validation_fraction": 0.0, "test_fraction": 0.0}
-    prepared = prepare(config_for(folder, *paths, **fields), BYTES, progress=False)
+    prepared = prepare(config_for(folder, *paths, block_size=block_size, **UNSPLIT), BYTES, progress=False)
     targets, previous = [], []
     for item in EvalBlocks(prepared, "train"):
         real = item["shift_labels"] != -100
@@ -461,9 +475,8 @@ def test_evaluation_bytes_are_the_recorded_bytes(tmp_path, text_file, tokenizer)
     assert lengths[targets[targets != -100]].sum() == prepared.totals("validation")["bytes"]
 
 
-def test_max_blocks_are_spread_and_fixed(tmp_path, text_file):
+def test_max_blocks_are_spread_and_fixed(prepared):
     """A smaller evaluation takes evenly spaced blocks of the whole, always the same ones, and never more than all."""
-    prepared = prepare(config_for(tmp_path, text_file), BYTES, progress=False)
     everything = [item["input_ids"].tolist() for item in EvalBlocks(prepared, "validation")]
     some = [everything.index(item["input_ids"].tolist()) for item in EvalBlocks(prepared, "validation", 5)]
     assert some == [i * len(everything) // 5 for i in range(5)]

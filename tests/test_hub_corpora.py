@@ -1,7 +1,12 @@
 """Data sets read by the real `datasets` library, from local folders so that no network is needed."""
 
+import http.server
 import itertools
 import json
+import os
+import subprocess
+import sys
+import threading
 
 import pytest
 
@@ -121,21 +126,75 @@ def test_without_a_network_the_last_known_version_counts(tmp_path, monkeypatch):
     assert open_corpus(Source("hub:org/name", revision="a" * 40), 0, 0, tmp_path).identity() == pinned
 
 
-def test_the_resolved_commit_is_what_is_loaded(tmp_path, monkeypatch):
-    """A Hub data set is loaded at the commit in its identity, without ever trusting remote code."""
-    calls = []
+class SmallHub(http.server.BaseHTTPRequestHandler):
+    """As much of the Hub as the libraries ask for: one data set with one file, whose text differs by commit."""
 
-    class Builder:
-        hash = "b" * 40
+    commits = {"a" * 40: b'{"text": "old"}\n', "b" * 40: b'{"text": "new"}\n'}
+    main = "a" * 40
 
-    def load_dataset(*args, **kwargs):
-        calls.append((args, kwargs))
-        return {"train": [{"text": "a"}]}
+    def do_GET(self):
+        path = self.path.partition("?")[0]
+        commit = next((commit for commit in self.commits if commit in path), SmallHub.main)
+        status, answer = 404, b""
+        if path.endswith("/train.jsonl"):
+            status, answer = 200, self.commits[commit]
+        elif path.startswith("/api/datasets/org/name"):
+            file = {"type": "file", "path": "train.jsonl", "size": len(self.commits[commit]), "oid": commit}
+            info = {"id": "org/name", "sha": commit, "siblings": [{"rfilename": "train.jsonl"}]}
+            status, answer = 200, json.dumps([file] if "/tree/" in path else info).encode()
+        self.send_response(status)
+        headers = {"X-Repo-Commit": commit, "ETag": f'"{commit}"', "Content-Length": str(len(answer))}
+        headers |= {"X-Error-Code": "EntryNotFound"} if status == 404 else {}
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(answer)
 
-    monkeypatch.setattr("datasets.load_dataset_builder", lambda *args, **kwargs: Builder)
-    monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    list(open_corpus(Source("hub:org/name", config_name="en"), 0, 0, tmp_path).pieces())
-    assert calls == [(("org/name", "en"), {"revision": Builder.hash, "streaming": False})]
+    do_HEAD = do_GET
+
+    def log_message(self, *args):
+        pass
+
+
+READ_TWICE = """
+import sys
+from pathlib import Path
+from rezero_hf.corpora import open_corpus
+from rezero_hf.sources import Source
+for streaming in (False, True):
+    corpus = open_corpus(Source("hub:org/name", streaming=streaming), 0, 0, Path("cache"))
+    print(corpus.identity()["version"], flush=True)
+    sys.stdin.readline()
+    print([piece.data.decode() for piece in corpus.pieces()], flush=True)
+"""
+
+
+def test_the_resolved_commit_is_what_is_loaded(tmp_path):
+    """The text is that of the commit in the identity, as the real libraries load it, also when `main` moves on."""
+    old, new = SmallHub.commits
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), SmallHub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    online = {
+        name: value for name, value in os.environ.items() if "OFFLINE" not in name and "PROXY" not in name.upper()
+    }
+    online |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home")}
+    reader = subprocess.Popen(
+        [sys.executable, "-c", READ_TWICE],
+        env=online,
+        cwd=tmp_path,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with server, reader:
+        for _ in ("downloaded", "streaming"):
+            SmallHub.main = old
+            assert reader.stdout.readline().strip() == old
+            SmallHub.main = new
+            print(file=reader.stdin, flush=True)
+            assert reader.stdout.readline().strip() == "['old']"
+        server.shutdown()
 
 
 @modes
@@ -151,6 +210,39 @@ def test_bad_data_sets(tmp_path, streaming):
     ):
         with pytest.raises(DataError, match=message):
             list(corpus_of(tmp_path / folder, cache, streaming=streaming, **fields).pieces())
+
+
+@modes
+def test_text_that_breaks_while_it_is_read(tmp_path, streaming):
+    """A malformed line far into a file is one line with the cause, in both modes."""
+    write_rows(tmp_path / "set" / "train.jsonl", ["a", "b"])
+    with (tmp_path / "set" / "train.jsonl").open("a") as file:
+        file.write('{"text": "c"\n{broken\n')
+    with pytest.raises(DataError, match=r"^hub:set cannot be read .*JSON parse error.*check its name") as error:
+        list(corpus_of(tmp_path / "set", tmp_path / "cache", streaming=streaming).pieces())
+    assert "\n" not in str(error.value)
+
+
+def test_a_network_that_drops_while_streaming(tmp_path, monkeypatch):
+    """Rows come until the network is gone; then there is one line with the innermost cause."""
+    import datasets
+
+    def rows():
+        yield {"text": "a"}
+        try:
+            raise TimeoutError("the read operation timed out\nmore")
+        except TimeoutError as error:
+            raise ConnectionError("Server Disconnected") from error
+
+    write_rows(tmp_path / "set" / "train.jsonl", ["a"])
+    dropping = datasets.IterableDatasetDict({"train": datasets.IterableDataset.from_generator(rows)})
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: dropping)
+    pieces = corpus_of(tmp_path / "set", tmp_path / "cache", streaming=True).pieces()
+    assert next(pieces).data == b"a"
+    with pytest.raises(
+        DataError, match=r"^hub:set cannot be read \(.*: the read operation timed out\): check its name"
+    ):
+        next(pieces)
 
 
 def test_a_data_set_that_cannot_be_reached(tmp_path):

@@ -1,10 +1,13 @@
 """Both tokenizers are lossless, plain Transformers objects, and their bytes can be counted."""
 
+import json
+import re
+
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from rezero_hf.sources import DataError
@@ -113,12 +116,82 @@ def test_byte_lengths_add_up(tokenizer, text):
     assert not lengths[tokenizer.all_special_ids].any()
 
 
-def test_byte_lengths_need_a_byte_level_tokenizer():
-    """A word-level tokenizer is refused with the way out."""
+def changed(part, value):
+    tokenizer = byte_tokenizer()
+    setattr(tokenizer.backend_tokenizer, part, value)
+    return tokenizer
+
+
+def with_added(**settings):
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(AddedToken("word", special=False, **settings))
+    return tokenizer
+
+
+def without_the_byte(byte):
+    state = json.loads(BYTES.backend_tokenizer.to_str())
+    state["model"]["vocab"] = {token: index for token, index in state["model"]["vocab"].items() if index != byte}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)))
+
+
+def word_level():
     backend = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    with pytest.raises(DataError, match=r"not a byte-level tokenizer.*byte counts that the prepared data records"):
-        token_byte_lengths(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]"))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")
+
+
+byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "message"),
+    [
+        (word_level(), "is not byte-level"),
+        (changed("normalizer", normalizers.NFC()), "changes text before reading it (normalizer NFC)"),
+        (
+            changed("normalizer", normalizers.Sequence([normalizers.Lowercase(), normalizers.NFKC()])),
+            "changes text before reading it (normalizer Lowercase, NFKC)",
+        ),
+        (changed("pre_tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=True)), "puts a space before a text"),
+        (
+            changed("pre_tokenizer", pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), byte_level])),
+            "does not give back every text",
+        ),
+        (with_added(lstrip=True), "has added tokens that swallow the spaces beside them (word)"),
+        (without_the_byte(0xF3), "does not give back every text"),
+    ],
+    ids=["word-level", "NFC", "normalizers", "prefix-space", "split", "added", "missing-byte"],
+)
+def test_tokenizers_that_lose_text_are_refused(tokenizer, message, tmp_path):
+    """Where bytes of the text are behind no id, bits per byte would be wrong: one line, also when it is loaded."""
+    for refuse in (lambda: token_byte_lengths(tokenizer), lambda: load_tokenizer(str(tmp_path))):
+        tokenizer.save_pretrained(tmp_path)
+        with pytest.raises(DataError, match=re.escape(message)) as error:
+            refuse()
+        assert 'bits per byte are not defined: use "bytes", a folder written by scripts/train_tok' in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        with_added(),
+        changed("normalizer", normalizers.Sequence([])),
+        changed("pre_tokenizer", pre_tokenizers.Sequence([pre_tokenizers.Digits(), byte_level])),
+    ],
+    ids=["added", "no-normalizers", "split"],
+)
+def test_lossless_tokenizers_of_other_makes_are_taken(tokenizer):
+    """What splits text or adds words without changing it has byte lengths that add up."""
+    text = "3 words and a word"
+    assert token_byte_lengths(tokenizer)[tokenizer(text).input_ids].sum() == len(text)
+
+
+def test_a_tokenizer_in_the_home_folder(tmp_path, monkeypatch):
+    """`~` in a path means what it means for sources."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    BPE.save_pretrained(tmp_path / "mine")
+    assert tokenizer_fingerprint(load_tokenizer("~/mine")) == tokenizer_fingerprint(BPE)
 
 
 def test_bpe_merges_and_keeps_to_the_size():
