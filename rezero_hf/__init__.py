@@ -6,8 +6,15 @@ imported when it is first used, so that loading a model costs no more than Trans
 
 import importlib
 
-from .models.configuration_rezero import ReZeroConfig
-from .models.modeling_rezero import ReZeroForCausalLM, ReZeroModel
+from .models import (
+    ReZeroConfig,
+    ReZeroForCausalLM,
+    ReZeroForMaskedLM,
+    ReZeroForQuestionAnswering,
+    ReZeroForSequenceClassification,
+    ReZeroForTokenClassification,
+    ReZeroModel,
+)
 from .models.residual import RESIDUAL_FORMS
 
 
@@ -25,7 +32,17 @@ _LAZY = {
     "verify_folder": "verification",
 }
 
-__all__ = ["RESIDUAL_FORMS", "ReZeroConfig", "ReZeroForCausalLM", "ReZeroModel", *_LAZY]  # noqa: PLE0604
+__all__ = [  # noqa: PLE0604
+    "RESIDUAL_FORMS",
+    "ReZeroConfig",
+    "ReZeroForCausalLM",
+    "ReZeroForMaskedLM",
+    "ReZeroForQuestionAnswering",
+    "ReZeroForSequenceClassification",
+    "ReZeroForTokenClassification",
+    "ReZeroModel",
+    *_LAZY,
+]
 
 
 def __getattr__(name: str):

@@ -40,6 +40,7 @@ CHANGED = {
     "attention_dropout": 0.1,
     "hidden_dropout": 0.2,
     "embedding_dropout": 0.3,
+    "is_causal": False,
     "tie_word_embeddings": True,
     "use_cache": False,
     "bos_token_id": 256,

@@ -18,11 +18,15 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from rezero_hf import ReZeroConfig, ReZeroForCausalLM, ReZeroModel
 
 
-SOURCES = {"configuration_rezero.py", "modeling_rezero.py", "portable.py", "residual.py"}
+SOURCES = {"configuration_rezero.py", "modeling_rezero.py", "portable.py", "residual.py", "embeddings.py"}
 AUTO_MAP = {
     "AutoConfig": "configuration_rezero.ReZeroConfig",
     "AutoModel": "modeling_rezero.ReZeroModel",
     "AutoModelForCausalLM": "modeling_rezero.ReZeroForCausalLM",
+    "AutoModelForMaskedLM": "modeling_rezero.ReZeroForMaskedLM",
+    "AutoModelForSequenceClassification": "modeling_rezero.ReZeroForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_rezero.ReZeroForTokenClassification",
+    "AutoModelForQuestionAnswering": "modeling_rezero.ReZeroForQuestionAnswering",
 }
 TEXT = "héllo, world"
 

@@ -1,11 +1,30 @@
 """Registers the model families with Transformers' Auto classes, and nothing else."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+import transformers
 
+from . import modeling_rezero
 from .configuration_rezero import ReZeroConfig
-from .modeling_rezero import ReZeroForCausalLM, ReZeroModel
+from .modeling_rezero import (
+    ReZeroForCausalLM,
+    ReZeroForMaskedLM,
+    ReZeroForQuestionAnswering,
+    ReZeroForSequenceClassification,
+    ReZeroForTokenClassification,
+    ReZeroModel,
+    ReZeroPreTrainedModel,
+)
 
 
-AutoConfig.register(ReZeroConfig.model_type, ReZeroConfig, exist_ok=True)
-AutoModel.register(ReZeroConfig, ReZeroModel, exist_ok=True)
-AutoModelForCausalLM.register(ReZeroConfig, ReZeroForCausalLM, exist_ok=True)
+transformers.AutoConfig.register(ReZeroConfig.model_type, ReZeroConfig, exist_ok=True)
+for auto, name in ReZeroPreTrainedModel.auto_classes.items():
+    getattr(transformers, auto).register(ReZeroConfig, getattr(modeling_rezero, name), exist_ok=True)
+
+__all__ = [
+    "ReZeroConfig",
+    "ReZeroForCausalLM",
+    "ReZeroForMaskedLM",
+    "ReZeroForQuestionAnswering",
+    "ReZeroForSequenceClassification",
+    "ReZeroForTokenClassification",
+    "ReZeroModel",
+]

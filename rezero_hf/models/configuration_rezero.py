@@ -9,6 +9,22 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 
+PRESETS = {
+    name: {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": width // 64,
+        "max_position_embeddings": context,
+    }
+    for name, (width, layers, context) in {
+        "10m": (256, 12, 1024),
+        "50m": (512, 16, 1024),
+        "125m": (768, 18, 2048),
+        "350m": (1024, 28, 2048),
+    }.items()
+}
+
+
 @strict
 class ReZeroConfig(PreTrainedConfig):
     """Everything that shapes a `ReZeroModel`. The default is a 12-layer, norm-free ReZero decoder over bytes.
@@ -43,7 +59,7 @@ class ReZeroConfig(PreTrainedConfig):
             byte-level model of width 64 the usual port (0.02 and one rate for all) ended at 3.4 bits per byte where 1
             reached 2.30 in the same 500 steps (one seed each).
         embedding_multiplier (`float`, default sqrt(d)): the stored embedding is drawn with `embedding_std` divided by
-            this, and multiplied by it inside `ReZeroModel`, as in the original Transformer. A tied head then starts
+            this, and multiplied by it when it is looked up, as in the original Transformer. A tied head then starts
             with logits of order one (sqrt(d) on the input's own token) instead of d.
         initializer_range (`float`, default None): None draws matrices with Xavier's normal rule, which keeps
             variance. A number draws every matrix, the stored embedding included, with that standard deviation: 0.02
@@ -62,6 +78,8 @@ class ReZeroConfig(PreTrainedConfig):
         hidden_dropout (`float`, default 0): inside the feed-forward net after the activation, and on every branch's
             output. With the one above, the places of the authors' layers.
         embedding_dropout (`float`, default 0): on the stream as it enters layer 0 (authors' notebook).
+        is_causal (`bool`, default True): a token sees itself and what came before. False lets it see the whole
+            sequence, without a cache: `ReZeroForMaskedLM` switches it off, and heads on such a checkpoint keep it off.
 
     Usual words of Transformers:
         tie_word_embeddings (`bool`, default False): use the embedding as head. Over bytes it would save nothing.
@@ -122,6 +140,7 @@ class ReZeroConfig(PreTrainedConfig):
     attention_dropout: float | int = 0.0
     hidden_dropout: float | int = 0.0
     embedding_dropout: float | int = 0.0
+    is_causal: bool = True
 
     tie_word_embeddings: bool = False
     use_cache: bool = True
@@ -140,6 +159,10 @@ class ReZeroConfig(PreTrainedConfig):
             self.intermediate_size = gated if self.gated_mlp else 4 * self.hidden_size
         if self.embedding_multiplier is None and self.hidden_size > 0:
             self.embedding_multiplier = self.hidden_size**0.5
+        if not self.final_norm:
+            # Plans name modules that hold parameters or take a stage's output; without a final norm that one does not.
+            self.base_model_pp_plan = {name: io for name, io in self.base_model_pp_plan.items() if name != "norm"}
+            self.base_model_fsdp_plan = {name: how for name, how in self.base_model_fsdp_plan.items() if name != "norm"}
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
@@ -183,6 +206,24 @@ class ReZeroConfig(PreTrainedConfig):
                 raise ValueError(f"{field}={getattr(self, field)}: must be positive.")
         if not math.isfinite(self.gate_init):
             raise ValueError(f"gate_init={self.gate_init}: must be a finite number; 0 is ReZero.")
+
+    @classmethod
+    def preset(cls, size: Literal["10m", "50m", "125m", "350m"], **kwargs) -> "ReZeroConfig":
+        """A named size for real use, counted over bytes (another vocabulary adds its embedding and head).
+
+        Heads of 64 features and widths in multiples of 64 suit attention kernels and matrix units; depth grows a little
+        faster than in GPT-2's table, because identity at initialisation makes depth cheap to train.
+
+        Args:
+            size: `"10m"` (256 wide, 12 layers), `"50m"` (512, 16), `"125m"` (768, 18) or `"350m"` (1024, 28).
+            kwargs: any field, over these values.
+
+        Raises:
+            ValueError: there is no preset of that name.
+        """
+        if size not in PRESETS:
+            raise ValueError(f"preset {size!r} is unknown; one of {', '.join(PRESETS)}.")
+        return cls(**{**PRESETS[size], **kwargs})
 
     @classmethod
     def paper(cls, num_hidden_layers: int = 12, **kwargs) -> "ReZeroConfig":

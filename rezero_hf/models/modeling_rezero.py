@@ -5,6 +5,7 @@ rotary positions by default; unit-variance embeddings, because no norm will repa
 plain is in `ReZeroModel`; the head is one linear map, because serving engines bring their own.
 """
 
+import re
 from collections.abc import Callable
 
 import torch
@@ -13,18 +14,23 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.masking_utils import create_causal_mask, find_packed_sequence_indices, packed_sequence_mask_function
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, MaskedLMOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto import modeling_auto
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_rezero import ReZeroConfig
+from .embeddings import ReZeroRotaryEmbedding, ReZeroTokenEmbedding, rotate
 from .portable import PortablePreTrainedModel
 from .residual import RESIDUAL_FORMS, Residual
 
@@ -33,44 +39,6 @@ NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 
 # GPT-2's scale. Drawn with std 1 like the tokens, learned positions cost about 0.4 bits per byte.
 LEARNED_POSITION_STD = 0.02
-
-
-class ReZeroRotaryEmbedding(nn.Module):
-    """Cosines and sines of rotary positions, each (batch, tokens, head_dim)."""
-
-    def __init__(self, config: ReZeroConfig):
-        super().__init__()
-        self.config = config
-        self.max_seq_len_cached = config.max_position_embeddings
-        self.original_max_seq_len = config.max_position_embeddings
-        self.rope_type = config.rope_parameters["rope_type"]
-        rope_init = ROPE_INIT_FUNCTIONS.get(self.rope_type, self.compute_default_rope_parameters)
-        inv_freq, self.attention_scaling = rope_init(config)
-        self.register_buffer("inv_freq", inv_freq, persistent=False)
-        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
-
-    @staticmethod
-    def compute_default_rope_parameters(config: ReZeroConfig, **kwargs) -> tuple[torch.Tensor, float]:
-        """Inverse frequencies theta^(-2i / head_dim) and the scaling of cosines and sines, 1."""
-        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim
-        return 1.0 / config.rope_parameters["rope_theta"] ** exponents, 1.0
-
-    @torch.no_grad()
-    @dynamic_rope_update
-    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
-        angles = torch.cat((angles, angles), dim=-1)
-        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
-        return cos.to(x.dtype), sin.to(x.dtype)
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn each pair (x_i, x_{i + head_dim/2}) of `x` (batch, heads, tokens, head_dim) by its position's angle."""
-    # Under autocast the angles follow the fp32 stream and x is bf16: without the cast the products would be fp32,
-    # which attention throws away again at once (a tenth of a training step on a CPU).
-    cos, sin = cos.unsqueeze(1).to(x.dtype), sin.unsqueeze(1).to(x.dtype)
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 def eager_attention_forward(
@@ -105,7 +73,7 @@ class ReZeroAttention(nn.Module):
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
-        self.is_causal = True
+        self.is_causal = config.is_causal
         width, bias = config.hidden_size, config.attention_bias
         self.q_proj = nn.Linear(width, config.num_attention_heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim, bias=bias)
@@ -227,7 +195,14 @@ class ReZeroPreTrainedModel(PortablePreTrainedModel):
     config: ReZeroConfig
     config_class = ReZeroConfig
     base_model_prefix = "model"
-    auto_classes = {"AutoModel": "ReZeroModel", "AutoModelForCausalLM": "ReZeroForCausalLM"}
+    auto_classes = {
+        "AutoModel": "ReZeroModel",
+        "AutoModelForCausalLM": "ReZeroForCausalLM",
+        "AutoModelForMaskedLM": "ReZeroForMaskedLM",
+        "AutoModelForSequenceClassification": "ReZeroForSequenceClassification",
+        "AutoModelForTokenClassification": "ReZeroForTokenClassification",
+        "AutoModelForQuestionAnswering": "ReZeroForQuestionAnswering",
+    }
     supports_gradient_checkpointing = True
     _no_split_modules = ["ReZeroDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
@@ -274,12 +249,12 @@ class ReZeroPreTrainedModel(PortablePreTrainedModel):
 class ReZeroModel(ReZeroPreTrainedModel):
     """The decoder without a head: token ids in, the stream after the last layer out.
 
-    While every alpha is 0 and `final_norm` is off, `last_hidden_state` is exactly the scaled embedding.
+    While every alpha is 0 and `final_norm` is off, `last_hidden_state` is exactly the embedding.
     """
 
     def __init__(self, config: ReZeroConfig):
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = ReZeroTokenEmbedding(config.vocab_size, config.hidden_size, config.embedding_multiplier)
         self.embed_positions = None
         self.rotary_emb = None
         if config.position_embedding == "learned":
@@ -312,18 +287,20 @@ class ReZeroModel(ReZeroPreTrainedModel):
                 `position_ids` that restart mark the documents of a packed row.
             position_ids: (batch, tokens); counts on from the cache by default.
             past_key_values: cache of earlier tokens; made here when `use_cache` and None.
-            inputs_embeds: (batch, tokens, hidden_size) rows of `embed_tokens`, before `embedding_multiplier`.
+            inputs_embeds: (batch, tokens, hidden_size), what `embed_tokens` returns: scaled rows.
             use_cache: keep keys and values for the tokens to come.
 
         Raises:
-            ValueError: both or neither of `input_ids` and `inputs_embeds`; more tokens than there are learned
-                positions.
+            ValueError: both or neither of `input_ids` and `inputs_embeds`; a cache with `is_causal=False`; more tokens
+                than there are learned positions.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and past_key_values is None:
+        if not self.config.is_causal and past_key_values is not None:
+            raise ValueError("past_key_values make no sense with is_causal=False: every token depends on later ones.")
+        if use_cache and past_key_values is None and self.config.is_causal:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -334,10 +311,10 @@ class ReZeroModel(ReZeroPreTrainedModel):
             attention_mask=attention_mask,
             past_key_values=past_key_values,
             position_ids=position_ids,
+            and_mask_function=self._same_document(attention_mask, position_ids, inputs_embeds.shape[0]),
         )
 
-        hidden_states = inputs_embeds * self.config.embedding_multiplier
-        position_embeddings = None
+        hidden_states, position_embeddings = inputs_embeds, None
         if self.embed_positions is not None:
             self._check_learned_positions(position_ids)
             hidden_states = hidden_states + self.embed_positions(position_ids)
@@ -355,9 +332,15 @@ class ReZeroModel(ReZeroPreTrainedModel):
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
+    def _same_document(self, attention_mask, position_ids, batch_size: int) -> Callable | None:
+        """Keeps documents of a packed row apart where the library does not: looking both ways it ignores positions."""
+        if self.config.is_causal or attention_mask is not None:
+            return None
+        documents = find_packed_sequence_indices(position_ids.expand(batch_size, -1))
+        return None if documents is None else packed_sequence_mask_function(documents)
+
     def _check_learned_positions(self, position_ids: torch.LongTensor):
-        # Reading the largest position would stall an accelerator and break a compiled graph: there the lookup itself
-        # fails.
+        # Reading a position would stall an accelerator and break a compiled graph: there the lookup itself fails.
         if position_ids.device.type == "cpu" and not torch.compiler.is_compiling():
             last, limit = int(position_ids.max()), self.config.max_position_embeddings
             if last >= limit:
@@ -367,8 +350,8 @@ class ReZeroModel(ReZeroPreTrainedModel):
                 )
 
 
-class ReZeroForCausalLM(ReZeroPreTrainedModel, GenerationMixin):
-    """The decoder with a linear head that predicts the next token."""
+class ReZeroLanguageModel(ReZeroPreTrainedModel):
+    """The network with a linear head over the vocabulary: what next-token and masked prediction share."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -378,9 +361,12 @@ class ReZeroForCausalLM(ReZeroPreTrainedModel, GenerationMixin):
     def __init__(self, config: ReZeroConfig):
         super().__init__(config)
         self.model = ReZeroModel(config)
-        self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+
+class ReZeroForCausalLM(ReZeroLanguageModel, GenerationMixin):
+    """Predicts the next token, and generates."""
 
     @can_return_tuple
     def forward(
@@ -429,7 +415,85 @@ class ReZeroForCausalLM(ReZeroPreTrainedModel, GenerationMixin):
         )
 
 
-# Trainer shifts labels for its own label smoothing only when it finds the class name here.
-MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["rezero"] = "ReZeroForCausalLM"
+class ReZeroForMaskedLM(ReZeroLanguageModel):
+    """Looks both ways and restores masked tokens. It has no cache."""
 
-__all__ = ["ReZeroForCausalLM", "ReZeroModel", "ReZeroPreTrainedModel"]
+    def __init__(self, config: ReZeroConfig):
+        config.is_causal = False
+        super().__init__(config)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MaskedLMOutput:
+        """Run the network and its head; the arguments of `ReZeroModel.forward` but for the cache, and:
+
+        Args:
+            labels: (batch, tokens), the original token where one was masked and -100 elsewhere; not shifted. The loss
+                is in nats per masked token.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            use_cache=False,
+            **kwargs,
+        )
+        logits = self.lm_head(outputs.last_hidden_state)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return MaskedLMOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+# The library's generic heads build their base through AutoModel, which refuses code that came with a checkpoint; so
+# these build it themselves and take only `forward`.
+class ReZeroForSequenceClassification(GenericForSequenceClassification, ReZeroPreTrainedModel):
+    """The network with a linear head on each sequence's last token that is not padding."""
+
+    def __init__(self, config: ReZeroConfig):
+        ReZeroPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = ReZeroModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+class ReZeroForTokenClassification(GenericForTokenClassification, ReZeroPreTrainedModel):
+    """The network with a linear head on every token."""
+
+    def __init__(self, config: ReZeroConfig):
+        ReZeroPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = ReZeroModel(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
+class ReZeroForQuestionAnswering(GenericForQuestionAnswering, ReZeroPreTrainedModel):
+    """The network with a linear head that scores every token as start and as end of the answer."""
+
+    def __init__(self, config: ReZeroConfig):
+        ReZeroPreTrainedModel.__init__(self, config)
+        self.model = ReZeroModel(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+
+# Parts of the library look class names up by task instead of asking the Auto classes: Trainer shifts labels for its own
+# label smoothing only for names it finds here, and `transformers serve` and pipelines check their task.
+for auto, name in ReZeroPreTrainedModel.auto_classes.items():
+    task = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", auto.removeprefix("Auto")).upper()
+    getattr(modeling_auto, f"{task}_MAPPING_NAMES")["rezero"] = name
+
+__all__ = [*ReZeroPreTrainedModel.auto_classes.values(), "ReZeroPreTrainedModel"]  # noqa: PLE0604

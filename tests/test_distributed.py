@@ -1,0 +1,140 @@
+"""Two processes over gloo: tensor, pipeline and fully sharded parallelism give what one process gives.
+
+Transformers' own engine does the work (`DistributedConfig`); what is held to account is the model: its plans, and where its
+gates and its embedding scale stand.
+"""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from rezero_hf import ReZeroForCausalLM
+
+
+PROLOGUE = """
+import sys
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from transformers.distributed import DistributedConfig
+from rezero_hf import ReZeroForCausalLM
+
+torch.manual_seed(0)
+dist.init_process_group("gloo")
+ids = torch.randint(0, 256, (2, 24))
+
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+def both(folder, **sizes):
+    sharded = ReZeroForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(**sizes))
+    return ReZeroForCausalLM.from_pretrained(folder), sharded
+"""
+
+# Every alpha differs and none is 0 (conftest), so a gate in the wrong place would show.
+KINDS = {
+    "rezero": {},
+    "tied": {"tie_word_embeddings": True},
+    "grouped": {"num_key_value_heads": 2, "gated_mlp": True, "residual": "rezero_pre_norm"},
+    "final norm": {"final_norm": True, "residual": "pre_norm"},
+}
+
+
+def run_on_two(code, *folders, tmp_path):
+    """Run `code` in two processes that form one gloo group; both must succeed."""
+    script = tmp_path / "script.py"
+    script.write_text(PROLOGUE + textwrap.dedent(code) + "\ndist.destroy_process_group()\n")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, *map(str, folders)], env=environment, capture_output=True, text=True, check=False, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+
+
+@pytest.fixture(scope="module")
+def folders(tiny_model, tmp_path_factory):
+    """One saved model of each kind."""
+    root = tmp_path_factory.mktemp("models")
+    saved = []
+    for name, changes in KINDS.items():
+        saved.append(root / name.replace(" ", "_"))
+        tiny_model(vocab_size=256, **changes).save_pretrained(saved[-1])
+    return saved
+
+
+def test_tensor_parallel_equals_one_process(folders, tmp_path):
+    """Logits, loss, every gradient (alpha's included) and greedy generation; the projections really are sharded."""
+    code = """
+        for folder in sys.argv[1:]:
+            one, two = both(folder, tp_size=2)
+            sharded = {name for name, parameter in two.named_parameters() if isinstance(parameter, DTensor)}
+            assert {f"model.layers.0.self_attn.{p}_proj.weight" for p in "qkvo"} <= sharded, sharded
+            assert {"model.layers.1.mlp.up_proj.weight", "model.layers.1.mlp.down_proj.weight"} <= sharded, sharded
+            assert not any(name.endswith("alpha") for name in sharded)
+            first, second = one(ids, labels=ids), two(ids, labels=ids)
+            torch.testing.assert_close(second.logits, first.logits, atol=1e-4, rtol=1e-4)
+            first.loss.backward()
+            second.loss.backward()
+            reference = dict(one.named_parameters())
+            for name, parameter in two.named_parameters():
+                expected = reference[name].grad
+                torch.testing.assert_close(whole(parameter.grad), expected, atol=1e-4, rtol=1e-3, msg=lambda m: f"{name}: {m}")
+            options = {"max_new_tokens": 8, "do_sample": False}
+            assert torch.equal(one.generate(ids[:1], **options), two.generate(ids[:1], **options)), folder
+    """
+    run_on_two(code, *folders, tmp_path=tmp_path)
+
+
+def test_pipeline_parallel_equals_one_process(folders, tmp_path):
+    """Logits and greedy generation over two stages; each stage holds its own layers only."""
+    code = """
+        for folder in sys.argv[1:]:
+            one, two = both(folder, pp_size=2)
+            mine = [hasattr(layer, "residual_norm") for layer in two.model.layers]
+            assert mine == [dist.get_rank() == 0, dist.get_rank() == 1], mine
+            with torch.no_grad():
+                torch.testing.assert_close(two(ids).logits, one(ids).logits, atol=1e-5, rtol=1e-5)
+                options = {"max_new_tokens": 8, "do_sample": False}
+                assert torch.equal(one.generate(ids[:1], **options), two.generate(ids[:1], **options)), folder
+    """
+    run_on_two(code, *folders, tmp_path=tmp_path)
+
+
+def test_fully_sharded_training_equals_one_process(folders, tmp_path):
+    """Four AdamW steps give the same losses; what is then saved loads, with our code beside it, and is what was trained."""
+    code = """
+        from pathlib import Path
+        from rezero_hf import make_optimizer
+        out = Path(sys.argv[-1])
+        for folder in sys.argv[1:-1]:
+            one, two = both(folder, fsdp_size=2)
+            assert all(isinstance(parameter, DTensor) for parameter in two.parameters())
+            # SGD scales with the gradient, so a factor of the world size in a gate's gradient would show.
+            optimizers = [torch.optim.SGD(model.parameters(), lr=0.05) for model in (one, two)]
+            for step in range(4):
+                losses = []
+                for model, optimizer in zip((one, two), optimizers):
+                    loss = model(ids, labels=ids).loss
+                    loss.backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    losses.append(loss.detach())
+                torch.testing.assert_close(losses[1], losses[0], atol=1e-5, rtol=1e-5)
+            saved = out / Path(folder).name
+            two.save_pretrained(saved)
+            dist.barrier()
+            again = ReZeroForCausalLM.from_pretrained(saved)
+            for (name, expected), value in zip(one.state_dict().items(), again.state_dict().values()):
+                torch.testing.assert_close(value, expected, atol=1e-5, rtol=1e-4, msg=lambda m: f"{name}: {m}")
+    """
+    run_on_two(code, *folders, tmp_path / "saved", tmp_path=tmp_path)
+    for folder in folders:
+        names = {path.name for path in (tmp_path / "saved" / folder.name).glob("*.py")}
+        assert "modeling_rezero.py" in names and not any(name.startswith("_fsdp") for name in names)
+    model = ReZeroForCausalLM.from_pretrained(tmp_path / "saved" / "rezero")
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
