@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from .runs import read_metrics
 from .verification import scrub
 
 
+MEASURED = "# Measured "
 BEGIN, END = "<!-- results begin -->", "<!-- results end -->"
 COLUMNS = ("run", "seed", "parameters", "tokens", "validation", "test", "training", "device", "versions", "commit")
 
@@ -58,6 +60,28 @@ def table(records: Iterable[dict[str, Any]]) -> str:
         )
     lines = [COLUMNS, ["---"] * len(COLUMNS), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def measured_line(records: Iterable[dict[str, Any]], name: str) -> str:
+    """The line of a recipe's header that says what its committed runs reached."""
+    runs = sorted((record for record in records if record["name"] == name), key=lambda record: record["seed"])
+    bits = {split: [run["results"][split]["bits_per_byte"] for run in runs] for split in ("validation", "test")}
+    reached = ", ".join(
+        f"{' and '.join(f'{value:.3f}' for value in values)} on {split}" for split, values in bits.items()
+    )
+    seeds = ", ".join(str(run["seed"]) for run in runs)
+    return f"{MEASURED} {reached} (bits per byte, seed {seeds})"
+
+
+def with_measured_line(recipe: str, line: str) -> str:
+    """The recipe's text with its line of measured numbers replaced.
+
+    Raises:
+        UserError: the header has not exactly one such line.
+    """
+    if len(re.findall(rf"^{MEASURED}", recipe, re.MULTILINE)) != 1:
+        raise UserError(f"the recipe's header needs exactly one line that begins with {MEASURED!r}")
+    return re.sub(rf"^{MEASURED}.*$", line, recipe, flags=re.MULTILINE)
 
 
 def splice(document: str, text: str) -> str:

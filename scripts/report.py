@@ -1,4 +1,4 @@
-"""Commit finished runs to `model_cards/results` and write their numbers into the README.
+"""Commit finished runs to `model_cards/results`, and write their numbers into the README and their recipes' headers.
 
 python scripts/report.py runs/quickstart runs/quickstart.1
 """
@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from rezero_hf.cli import run
-from rezero_hf.results import collect, splice, table
+from rezero_hf.results import collect, measured_line, splice, table, with_measured_line
 
 
 CARDS = Path("model_cards")
@@ -35,6 +35,10 @@ def main(
             shutil.copytree(folder / "model" / "figures", card / "figures")
         print(f"{folder} -> {results / name}.json, {card}")
     records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*.json"))]
+    for name in {record["name"] for record in records}:
+        recipe = Path("scripts/recipes") / f"{name}.yaml"
+        text = with_measured_line(recipe.read_text(encoding="utf-8"), measured_line(records, name))
+        recipe.write_text(text, encoding="utf-8")
     readme = Path("README.md")
     readme.write_text(splice(readme.read_text(encoding="utf-8"), table(records)), encoding="utf-8")
 

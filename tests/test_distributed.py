@@ -40,6 +40,7 @@ KINDS = {
     "rezero": {},
     "tied": {"tie_word_embeddings": True},
     "grouped": {"num_key_value_heads": 2, "gated_mlp": True, "residual": "rezero_pre_norm"},
+    "learned": {"position_embedding": "learned", "tie_word_embeddings": True, "gate_sharing": "sublayer"},
     "final norm": {"final_norm": True, "residual": "pre_norm"},
 }
 

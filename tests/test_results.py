@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rezero_hf.errors import UserError
-from rezero_hf.results import collect, splice, table
+from rezero_hf.results import collect, measured_line, splice, table, with_measured_line
 
 
 ROOT = Path(__file__).parents[1]
@@ -79,6 +79,16 @@ def test_the_readmes_table_is_made_from_the_committed_records():
     assert records
     readme = (ROOT / "README.md").read_text()
     assert splice(readme, table(records)) == readme
+
+
+def test_a_recipes_header_says_what_its_committed_runs_reached():
+    """Regenerated from the records, the header does not change."""
+    records = [json.loads(path.read_text()) for path in sorted((ROOT / "model_cards" / "results").glob("*.json"))]
+    for name in {record["name"] for record in records}:
+        recipe = (ROOT / "scripts" / "recipes" / f"{name}.yaml").read_text()
+        assert with_measured_line(recipe, measured_line(records, name)) == recipe
+    with pytest.raises(UserError, match="exactly one line"):
+        with_measured_line("model: {}", "# Measured  1")
 
 
 def test_every_committed_card_shows_pictures_that_are_there():

@@ -30,15 +30,12 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_rezero import ReZeroConfig
-from .embeddings import ReZeroRotaryEmbedding, ReZeroTokenEmbedding, rotate
+from .embeddings import LEARNED_POSITION_STD, ReZeroRotaryEmbedding, ReZeroTokenEmbedding, rotate
 from .portable import PortablePreTrainedModel
 from .residual import RESIDUAL_FORMS, Residual
 
 
 NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
-
-# GPT-2's scale. Drawn with std 1 like the tokens, learned positions cost about 0.4 bits per byte.
-LEARNED_POSITION_STD = 0.02
 
 
 def eager_attention_forward(
@@ -316,8 +313,7 @@ class ReZeroModel(ReZeroPreTrainedModel):
 
         hidden_states, position_embeddings = inputs_embeds, None
         if self.embed_positions is not None:
-            self._check_learned_positions(position_ids)
-            hidden_states = hidden_states + self.embed_positions(position_ids)
+            hidden_states = hidden_states + self._learned_positions(position_ids)
         else:
             position_embeddings = self.rotary_emb(hidden_states, position_ids)
         hidden_states = self.dropout(hidden_states)
@@ -339,7 +335,10 @@ class ReZeroModel(ReZeroPreTrainedModel):
         documents = find_packed_sequence_indices(position_ids.expand(batch_size, -1))
         return None if documents is None else packed_sequence_mask_function(documents)
 
-    def _check_learned_positions(self, position_ids: torch.LongTensor):
+    def _learned_positions(self, position_ids: torch.LongTensor) -> torch.Tensor | float:
+        # A later pipeline stage, where layer 0 is elsewhere, takes a stream that already holds its positions.
+        if next(self.layers[0].parameters(), None) is None:
+            return 0.0
         # Reading a position would stall an accelerator and break a compiled graph: there the lookup itself fails.
         if position_ids.device.type == "cpu" and not torch.compiler.is_compiling():
             last, limit = int(position_ids.max()), self.config.max_position_embeddings
@@ -348,6 +347,7 @@ class ReZeroModel(ReZeroPreTrainedModel):
                     f"position {last} is beyond the {limit} learned positions (max_position_embeddings): shorten the "
                     'input or the generation, or train with position_embedding="rope".'
                 )
+        return self.embed_positions(position_ids)
 
 
 class ReZeroLanguageModel(ReZeroPreTrainedModel):
