@@ -1,5 +1,6 @@
 """The heads beside the causal one: what they compute, what they may see, and that each loads alone where no package is."""
 
+import re
 import subprocess
 
 import pytest
@@ -210,10 +211,17 @@ def test_an_unknown_preset_is_one_line():
         ReZeroConfig.preset("1b")
 
 
-def test_plans_name_only_modules_that_are_there(tiny_config):
-    """Without a final norm neither the pipeline's nor FSDP's plan has one; with it both have."""
-    for final_norm in (False, True):
-        config = tiny_config(final_norm=final_norm)
-        assert ("norm" in config.base_model_pp_plan) is final_norm
-        assert ("norm" in config.base_model_fsdp_plan) is final_norm
-        assert "base_model_pp_plan" not in config.to_dict()
+@pytest.mark.parametrize("changes", [{}, {"final_norm": True}, {"gated_mlp": True}])
+def test_plans_name_only_modules_that_are_there(tiny_config, changes):
+    """Every entry of the tensor-parallel, pipeline and FSDP plans is a module that holds parameters; none is saved."""
+    config = tiny_config(**changes)
+    model = ReZeroModel(config)
+    holders = {
+        re.sub(r"\.\d+", ".*", name)
+        for name, module in model.named_modules()
+        if next(module.parameters(), None) is not None
+    }
+    plans = {**config.base_model_tp_plan, **config.base_model_pp_plan, **config.base_model_fsdp_plan}
+    assert set(plans) <= holders
+    assert ("norm" in plans) is config.final_norm and ("layers.*.mlp.gate_proj" in plans) is config.gated_mlp
+    assert not [name for name in config.to_dict() if name.endswith("_plan")]

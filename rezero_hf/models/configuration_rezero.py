@@ -159,10 +159,11 @@ class ReZeroConfig(PreTrainedConfig):
             self.intermediate_size = gated if self.gated_mlp else 4 * self.hidden_size
         if self.embedding_multiplier is None and self.hidden_size > 0:
             self.embedding_multiplier = self.hidden_size**0.5
-        if not self.final_norm:
-            # Plans name modules that hold parameters or take a stage's output; without a final norm that one does not.
-            self.base_model_pp_plan = {name: io for name, io in self.base_model_pp_plan.items() if name != "norm"}
-            self.base_model_fsdp_plan = {name: how for name, how in self.base_model_fsdp_plan.items() if name != "norm"}
+        # Plans name modules, and the library checks that each is there.
+        missing = {"norm": not self.final_norm, "layers.*.mlp.gate_proj": not self.gated_mlp}
+        for plan in ("base_model_tp_plan", "base_model_pp_plan", "base_model_fsdp_plan"):
+            kept = {name: how for name, how in getattr(self, plan).items() if not missing.get(name, False)}
+            setattr(self, plan, kept)
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):

@@ -32,10 +32,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_rezero import ReZeroConfig
 from .embeddings import LEARNED_POSITION_STD, ReZeroRotaryEmbedding, ReZeroTokenEmbedding, rotate
 from .portable import PortablePreTrainedModel
-from .residual import RESIDUAL_FORMS, Residual
-
-
-NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
+from .residual import NORMS, RESIDUAL_FORMS, Residual
 
 
 def eager_attention_forward(
@@ -183,7 +180,8 @@ class ReZeroDecoderLayer(GradientCheckpointingLayer):
             )[0]
 
         hidden_states = self.residual_norm(hidden_states, attention, branch="attn")
-        return self.residual_norm(hidden_states, self.mlp, branch="mlp")
+        # A function and not the module: offloading moves every module it finds among a call's arguments.
+        return self.residual_norm(hidden_states, lambda x: self.mlp(x), branch="mlp")  # noqa: PLW0108
 
 
 class ReZeroPreTrainedModel(PortablePreTrainedModel):
@@ -203,13 +201,16 @@ class ReZeroPreTrainedModel(PortablePreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["ReZeroDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
-    _keep_in_fp32_modules_strict = ["alpha"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": ReZeroDecoderLayer, "attentions": ReZeroAttention}
+
+    def __init__(self, config: ReZeroConfig):
+        super().__init__(config)
+        self._keep_in_fp32_modules_strict = ["alpha"] if RESIDUAL_FORMS[config.residual].has_gate else None
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -435,8 +436,7 @@ class ReZeroForMaskedLM(ReZeroLanguageModel):
         """Run the network and its head; the arguments of `ReZeroModel.forward` but for the cache, and:
 
         Args:
-            labels: (batch, tokens), the original token where one was masked and -100 elsewhere; not shifted. The loss
-                is in nats per masked token.
+            labels: (batch, tokens), the original token where one was masked, -100 elsewhere; not shifted. Loss in nats.
         """
         outputs = self.model(
             input_ids=input_ids,

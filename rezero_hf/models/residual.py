@@ -114,6 +114,8 @@ class Plain(Residual):
         return x + f(x)
 
 
+NORMS: dict[str, type[nn.Module]] = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
+
 RESIDUAL_FORMS: dict[str, type[Residual]] = {
     "rezero": ReZero,
     "rezero_pre_norm": ReZeroPreNorm,
