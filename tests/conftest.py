@@ -16,7 +16,7 @@ from hypothesis import settings  # noqa: E402
 from rezero_hf import ReZeroConfig, ReZeroForCausalLM, byte_tokenizer  # noqa: E402
 
 
-# The same examples every time: a check that fails must fail for everybody. Search further with --hypothesis-seed=random.
+# The same examples every time: a check that fails must fail for everybody.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 
