@@ -2,15 +2,13 @@
 
 import math
 from dataclasses import dataclass, field
-from importlib.util import find_spec
-from typing import get_args
 
 import torch
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
 from .errors import UserError
-from .optim import OptimizerName
+from .optim import OptimizerName, check_optimizer
 
 
 COUNTS = ("gradient_accumulation_steps", "global_batch_size", "eval_blocks", "final_eval_blocks")
@@ -92,7 +90,4 @@ class ReZeroTrainingArguments(TrainingArguments):
                 raise UserError(f"{name}={getattr(self, name)}: must be in [0, 1).")
         if self.max_steps == 0:
             raise UserError("max_steps=0: must be at least 1, or -1 to count num_train_epochs instead.")
-        if self.optimizer not in get_args(OptimizerName):
-            raise UserError(f"optimizer={self.optimizer!r} is unknown; one of {', '.join(get_args(OptimizerName))}.")
-        if self.optimizer != "adamw" and find_spec("pytorch_optimizer") is None:
-            raise UserError(f"optimizer={self.optimizer!r} needs a package: pip install pytorch-optimizer")
+        check_optimizer(self.optimizer)

@@ -6,6 +6,7 @@ learning rate.
 """
 
 from collections.abc import Iterable
+from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
 import torch
@@ -62,6 +63,14 @@ def parameter_groups(
     return [{"name": name, "params": params, **settings[name]} for name, params in members.items() if params]
 
 
+def check_optimizer(optimizer: str) -> None:
+    """Raise a `UserError` unless `make_optimizer` could build an optimiser of that name here."""
+    if optimizer not in get_args(OptimizerName):
+        raise UserError(f"optimizer={optimizer!r} is unknown; one of {', '.join(get_args(OptimizerName))}.")
+    if optimizer != "adamw" and find_spec("pytorch_optimizer") is None:
+        raise UserError(f"optimizer={optimizer!r} needs a package: pip install pytorch-optimizer")
+
+
 def make_optimizer(
     model: nn.Module,
     optimizer: OptimizerName = "adamw",
@@ -87,15 +96,13 @@ def make_optimizer(
     Raises:
         UserError: unknown `optimizer`; `lamb` and `muon` need the package pytorch-optimizer.
     """
+    check_optimizer(optimizer)
     groups = parameter_groups(model, lr, weight_decay, gate_lr_multiplier)
     if optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
-    if optimizer not in get_args(OptimizerName):
-        raise UserError(f"optimizer={optimizer!r} is unknown; one of {', '.join(get_args(OptimizerName))}.")
-    try:
-        from pytorch_optimizer import Lamb, Muon
-    except ImportError as error:
-        raise UserError(f"optimizer={optimizer!r} needs a package: pip install pytorch-optimizer") from error
+
+    from pytorch_optimizer import Lamb, Muon
+
     if optimizer == "lamb":
         return Lamb(groups, lr=lr, betas=betas, eps=eps)
     head = {id(parameter) for parameter in _head_parameters(model)}

@@ -45,10 +45,9 @@ class ReZeroTrainer(Trainer):
 
     Args:
         token_bytes: how many bytes of text each token id stands for (`tokenization.token_byte_lengths`), specials 0.
-            With it,
-            losses are also logged in bits per byte, and evaluation sums over the text: every token of `shift_labels`
-            counts once and every byte weighs the same, whatever the batch size, the padding or the number of
-            processes. Without it (None, default) evaluation is the library's.
+            With it, losses are also logged in bits per byte, and evaluation sums over the text: every token of
+            `shift_labels` counts once and every byte weighs the same, whatever the batch size, the padding or the
+            number of processes. Without it (None, default) evaluation is the library's.
         run_dir: where `metrics.jsonl` goes; None (default) writes none.
     """
 

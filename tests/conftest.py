@@ -61,6 +61,14 @@ def tokenizer():
 
 
 @pytest.fixture
+def text_file(tmp_path):
+    """A small corpus: one file of four hundred lines."""
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"line {i} of this text\n" for i in range(400)))
+    return path
+
+
+@pytest.fixture
 def ids():
     """Two rows of twelve random bytes."""
     return torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(1))

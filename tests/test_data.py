@@ -56,13 +56,6 @@ def whole_stream(prepared, split="train", source=0):
 
 
 @pytest.fixture
-def text_file(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text("".join(f"line {i} of this text\n" for i in range(400)))
-    return path
-
-
-@pytest.fixture
 def prepared(tmp_path, text_file):
     return prepare(config_for(tmp_path, text_file), BYTES, progress=False)
 

@@ -10,13 +10,6 @@ from rezero_hf.tokenization import load_tokenizer
 
 
 @pytest.fixture
-def text_file(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text("".join(f"line {i} of this text\n" for i in range(400)))
-    return path
-
-
-@pytest.fixture
 def script(monkeypatch, capsys):
     """Runs a script as the command line does; gives its exit status, output and errors."""
 

@@ -218,6 +218,6 @@ def test_an_argument_out_of_range_is_one_line(prepared, tmp_path, arguments, mes
 
 
 def test_a_missing_package_is_named_before_anything_is_trained(tmp_path, monkeypatch):
-    monkeypatch.setattr("rezero_hf.arguments.find_spec", lambda name: None)
+    monkeypatch.setattr("rezero_hf.optim.find_spec", lambda name: None)
     with pytest.raises(UserError, match="optimizer='muon' needs a package: pip install pytorch-optimizer"):
         ReZeroTrainingArguments(output_dir=str(tmp_path), optimizer="muon")
