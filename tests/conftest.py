@@ -30,6 +30,14 @@ TINY = {
 }
 
 
+def pytest_collection_modifyitems(items):
+    """Tests marked `gpu` are skipped where there is none."""
+    if not torch.accelerator.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs an accelerator"))
+
+
 @pytest.fixture(scope="session")
 def tiny_config():
     """Makes a configuration of a tiny byte-level model; keyword arguments change fields."""

@@ -4,7 +4,8 @@ import shutil
 
 import pytest
 import torch
-from transformers import StaticCache
+from torch._dynamo.testing import CompileCounterWithBackend
+from transformers import CompileConfig, StaticCache
 
 from rezero_hf import ReZeroForCausalLM, ReZeroForMaskedLM
 
@@ -55,7 +56,7 @@ def test_every_kind_of_model_is_one_graph(tiny_model, ids, kind):
 def test_decoding_with_a_static_cache_compiles_once(tiny_model, ids):
     """One graph serves every later token: nothing in the model depends on the position or the layer as a Python number."""
     model = tiny_model()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     cache = StaticCache(config=model.config, max_cache_len=32)
     with torch.no_grad():
@@ -67,6 +68,27 @@ def test_decoding_with_a_static_cache_compiles_once(tiny_model, ids):
             logits.append(compiled(ids[:, step : step + 1], position_ids=position, past_key_values=cache).logits)
     torch.testing.assert_close(torch.cat(logits, dim=1), expected, atol=1e-4, rtol=1e-4)
     assert counter.frame_count == 1
+
+
+def test_generate_compiles_its_step_once_and_writes_the_same_text(tiny_model, ids):
+    """`cache_implementation="static"`, the way users ask for compiled decoding, in one graph; no second one for more tokens."""
+    model = tiny_model(initializer_range=0.2, embedding_multiplier=1)
+    greedy = {"do_sample": False, "max_new_tokens": 8, "min_new_tokens": 8}
+    expected = model.generate(ids, **greedy)
+    graphs = []
+
+    # A function, because the configuration is copied with everything in it, and a counter would count in its copy.
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = CompileConfig(backend=backend, fullgraph=True, dynamic=False, mode=None)
+    # The library compiles by itself on accelerators only, unless asked like this.
+    compiled._compile_all_devices = True
+    for _ in range(2):
+        got = model.generate(ids, cache_implementation="static", compile_config=compiled, **greedy)
+        assert torch.equal(got, expected)
+    assert len(expected[:, 12:].unique()) > 4 and len(graphs) == 1
 
 
 @pytest.mark.parametrize("head", [ReZeroForCausalLM, ReZeroForMaskedLM])

@@ -1,4 +1,4 @@
-"""Two processes over gloo: tensor, pipeline and fully sharded parallelism give what one process gives.
+"""Two and four processes over gloo: tensor, pipeline, fully sharded and context parallelism give what one process gives.
 
 Transformers' own engine does the work (`DistributedConfig`); what is held to account is the model: its plans, and where its
 gates and its embedding scale stand.
@@ -45,14 +45,19 @@ KINDS = {
 }
 
 
-def run_on_two(code, *folders, tmp_path):
-    """Run `code` in two processes that form one gloo group; both must succeed."""
+def run_on(processes, code, *folders, tmp_path):
+    """Run `code` in processes that form one gloo group; all must succeed."""
     script = tmp_path / "script.py"
     script.write_text(PROLOGUE + textwrap.dedent(code) + "\ndist.destroy_process_group()\n")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, *map(str, folders)], env=environment, capture_output=True, text=True, check=False, timeout=240
+        [*command, str(script), *map(str, folders)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr[-6000:]
 
@@ -88,7 +93,21 @@ def test_tensor_parallel_equals_one_process(folders, tmp_path):
             options = {"max_new_tokens": 8, "do_sample": False}
             assert torch.equal(one.generate(ids[:1], **options), two.generate(ids[:1], **options)), folder
     """
-    run_on_two(code, *folders, tmp_path=tmp_path)
+    run_on(2, code, *folders, tmp_path=tmp_path)
+
+
+def test_heads_that_processes_cannot_share_are_one_line(tiny_model, tmp_path):
+    tiny_model(num_key_value_heads=1).save_pretrained(tmp_path / "model")
+    code = """
+        try:
+            both(sys.argv[1], tp_size=2)
+        except ValueError as error:
+            expected = "tp_size=2 processes cannot share num_key_value_heads=1 evenly; choose a tp_size that divides it."
+            assert str(error) == expected, error
+        else:
+            raise SystemExit("not refused")
+    """
+    run_on(2, code, tmp_path / "model", tmp_path=tmp_path)
 
 
 def test_pipeline_parallel_equals_one_process(folders, tmp_path):
@@ -103,7 +122,7 @@ def test_pipeline_parallel_equals_one_process(folders, tmp_path):
                 options = {"max_new_tokens": 8, "do_sample": False}
                 assert torch.equal(one.generate(ids[:1], **options), two.generate(ids[:1], **options)), folder
     """
-    run_on_two(code, *folders, tmp_path=tmp_path)
+    run_on(2, code, *folders, tmp_path=tmp_path)
 
 
 def test_fully_sharded_training_equals_one_process(folders, tmp_path):
@@ -133,9 +152,86 @@ def test_fully_sharded_training_equals_one_process(folders, tmp_path):
             for (name, expected), value in zip(one.state_dict().items(), again.state_dict().values()):
                 torch.testing.assert_close(value, expected, atol=1e-5, rtol=1e-4, msg=lambda m: f"{name}: {m}")
     """
-    run_on_two(code, *folders, tmp_path / "saved", tmp_path=tmp_path)
+    run_on(2, code, *folders, tmp_path / "saved", tmp_path=tmp_path)
     for folder in folders:
         names = {path.name for path in (tmp_path / "saved" / folder.name).glob("*.py")}
         assert "modeling_rezero.py" in names and not any(name.startswith("_fsdp") for name in names)
     model = ReZeroForCausalLM.from_pretrained(tmp_path / "saved" / "rezero")
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
+def test_sharding_in_two_dimensions_equals_one_process(folders, tmp_path):
+    """Four processes: shards of shards (FSDP x tensor parallel) and replicas of shards (HSDP) give the loss and every gradient."""
+    code = """
+        folder = sys.argv[1]
+        for sizes in ({"fsdp_size": 2, "tp_size": 2}, {"dp_replicate_size": 2, "fsdp_size": 2}):
+            one, two = both(folder, **sizes)
+            parameters = dict(two.named_parameters())
+            sharded = parameters["model.layers.0.self_attn.q_proj.weight"]
+            assert sharded.device_mesh.size() == 4 and len(sharded.placements) == 2, sharded.placements
+            assert all(isinstance(parameter, DTensor) for parameter in parameters.values())
+            first, second = one(ids, labels=ids), two(ids, labels=ids)
+            torch.testing.assert_close(second.loss, first.loss, atol=1e-5, rtol=1e-5)
+            first.loss.backward()
+            second.loss.backward()
+            for name, expected in one.named_parameters():
+                torch.testing.assert_close(
+                    whole(parameters[name].grad), expected.grad, atol=1e-5, rtol=1e-3, msg=lambda m: f"{name}: {m}"
+                )
+    """
+    run_on(4, code, folders[2], tmp_path=tmp_path)
+
+
+def test_context_parallel_equals_one_process(folders, tmp_path):
+    """Each process has half of every sequence, in the two pieces torch's load balancing gives it: same loss, same gradients.
+
+    Torch cuts the buffers and accelerate's hooks take the mask away, as in training. Torch's ring attention has no CPU kernel;
+    here an attention that gathers keys and values from both processes stands in for it.
+    """
+    code = """
+        from accelerate.big_modeling import _attach_context_parallel_hooks
+        from torch.distributed._functional_collectives import all_gather_tensor_autograd
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.tensor.experimental import context_parallel
+        from transformers import AttentionInterface
+
+        def gather(tensor, dim):
+            return all_gather_tensor_autograd(tensor.contiguous(), dim, dist.group.WORLD)
+
+        def ring(module, query, key, value, attention_mask, scaling, is_causal=False, position_ids=None, **kwargs):
+            assert attention_mask is None and is_causal
+            groups = module.num_key_value_groups
+            key, value = (gather(t, 2).repeat_interleave(groups, 1) for t in (key, value))
+            seen = gather(position_ids, 1)[:, None, None, :] <= position_ids[:, None, :, None]
+            scores = (query @ key.mT * scaling).masked_fill(~seen, -torch.inf)
+            return (scores.softmax(-1) @ value).transpose(1, 2), None
+
+        AttentionInterface.register("ring", ring)
+        mesh = init_device_mesh("cpu", (2,))
+        for folder in sys.argv[1:]:
+            model = ReZeroForCausalLM.from_pretrained(folder)
+            buffers = [ids.clone(), ids.roll(-1, 1), torch.arange(24).repeat(2, 1)]
+            arguments = {"labels": ids, "shift_labels": buffers[1].clone(), "use_cache": False}
+            expected = model(ids, **arguments).loss
+            expected.backward()
+            gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+            model.zero_grad()
+            _attach_context_parallel_hooks(model)
+            model.set_attn_implementation("ring")
+            with context_parallel(mesh, buffers=buffers, buffer_seq_dims=[1, 1, 1], no_restore_buffers=set(buffers)):
+                mine, shifted, positions = buffers
+                assert positions[0].tolist() == ([*range(6), *range(18, 24)] if dist.get_rank() == 0 else [*range(6, 18)])
+                loss = model(
+                    mine, position_ids=positions, labels=mine, shift_labels=shifted, num_items_in_batch=48, use_cache=False
+                ).loss
+                loss.backward()
+            loss = loss.detach()
+            dist.all_reduce(loss)
+            torch.testing.assert_close(loss, expected.detach(), atol=1e-5, rtol=1e-5)
+            for name, parameter in model.named_parameters():
+                dist.all_reduce(parameter.grad)
+                torch.testing.assert_close(
+                    parameter.grad, gradients[name], atol=1e-5, rtol=1e-3, msg=lambda m: f"{name}: {m}"
+                )
+    """
+    run_on(2, code, folders[2], folders[3], tmp_path=tmp_path)

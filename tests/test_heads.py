@@ -16,6 +16,7 @@ from transformers import (
 
 from rezero_hf import (
     ReZeroConfig,
+    ReZeroForCausalLM,
     ReZeroForMaskedLM,
     ReZeroForQuestionAnswering,
     ReZeroForSequenceClassification,
@@ -128,6 +129,17 @@ def test_a_masked_model_has_no_cache(tiny_model, ids):
     assert model.model(ids, use_cache=True).past_key_values is None
     with pytest.raises(ValueError, match="past_key_values make no sense with is_causal=False"):
         model.model(ids, past_key_values=DynamicCache())
+
+
+def test_looking_both_ways_does_not_leak_into_a_causal_model(tiny_config, tiny_model, tmp_path):
+    """One configuration serves both heads; a masked checkpoint is refused as causal, unless it is told to look back only."""
+    config = tiny_config()
+    assert ReZeroForMaskedLM(config).config.is_causal is False
+    assert config.is_causal and ReZeroForCausalLM(config).config.is_causal
+    tiny_model(ReZeroForMaskedLM).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="use ReZeroForMaskedLM, or pass is_causal=True"):
+        ReZeroForCausalLM.from_pretrained(tmp_path)
+    assert ReZeroForCausalLM.from_pretrained(tmp_path, is_causal=True).config.is_causal
 
 
 def test_a_head_on_a_masked_checkpoint_keeps_looking_both_ways(tiny_model, ids, tmp_path):

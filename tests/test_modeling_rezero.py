@@ -206,19 +206,31 @@ def test_the_stream_runs_through_the_layers(tiny_model, ids, kind):
 
 
 @kinds
-def test_eager_attention_agrees_with_sdpa(tiny_model, tokenizer, ids, kind):
-    """Both backends give the same logits with and without padding; eager shows causal probabilities that ignore padding."""
+def test_attention_backends_agree(tiny_model, tokenizer, ids, kind):
+    """SDPA, eager and flex, switched at run time, give the same logits: full, padded, packed. Eager shows its probabilities.
+
+    Flex has no backward pass on a CPU.
+    """
     model = tiny_model(**KINDS[kind])
     rows, mask, where = padded_left(ids, tokenizer)
-    real = mask.bool()
+    packed = torch.cat([torch.arange(5), torch.arange(7)]).expand(2, -1)
     assert model.config._attn_implementation == "sdpa"
-    fast = [model(ids).logits, model(rows, attention_mask=mask, position_ids=where).logits[real]]
+    found = {}
+    for backend in ("sdpa", "eager", "flex_attention"):
+        model.set_attn_implementation(backend)
+        with torch.no_grad():
+            found[backend] = [
+                model(ids).logits,
+                model(rows, attention_mask=mask, position_ids=where).logits[mask.bool()],
+                model(ids, position_ids=packed, use_cache=False).logits,
+            ]
+    for backend in ("eager", "flex_attention"):
+        for slow, quick in zip(found[backend], found["sdpa"], strict=True):
+            torch.testing.assert_close(slow, quick, **CLOSE)
+
     model.set_attn_implementation("eager")
     full = model(ids, output_attentions=True)
     padded = model(rows, attention_mask=mask, position_ids=where, output_attentions=True)
-    for quick, slow in zip(fast, [full.logits, padded.logits[real]], strict=True):
-        torch.testing.assert_close(quick, slow, **CLOSE)
-
     assert len(full.attentions) == 2
     for weights in full.attentions:
         assert weights.shape == (2, 4, 12, 12)
@@ -326,18 +338,34 @@ def test_loss_and_its_arguments(tiny_model, ids):
     assert torch.equal(as_tuple[0], output.loss) and torch.equal(as_tuple[1], output.logits)
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_changes_no_gradient(tiny_model, ids, reentrant):
-    """Layers are run again in the backward pass, and every gradient is the same."""
-    model = tiny_model(gate_sharing="sublayer").train()
+CHECKPOINTING = {
+    "not reentrant": ({"use_reentrant": False}, {}, 6),
+    "reentrant": ({"use_reentrant": True}, {}, 6),
+    "every second layer": (None, {"every_n_layers": 2}, 5),
+    "offloaded": (None, {"offload": True}, 6),
+}
+
+
+@pytest.mark.parametrize(
+    "way", [pytest.param(way, marks=pytest.mark.gpu) if way == "offloaded" else way for way in CHECKPOINTING]
+)
+def test_activation_checkpointing_changes_no_gradient(tiny_model, ids, way):
+    """Checkpointed layers, and only they, run again in the backward pass; every gradient is the same.
+
+    Offloading copies to pinned memory, which only an accelerator has.
+    """
+    device = torch.accelerator.current_accelerator() if way == "offloaded" else "cpu"
+    model, ids = tiny_model(num_hidden_layers=3, gate_sharing="sublayer").train().to(device), ids.to(device)
     model(ids, labels=ids).loss.backward()
     plain = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     runs = []
-    model.model.layers[0].mlp.register_forward_hook(lambda *_: runs.append(1))
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(lambda *_: runs.append(1))
+    how, settings, expected_runs = CHECKPOINTING[way]
+    model.activation_checkpointing_enable(how, **settings)
     model(ids, labels=ids, use_cache=False).loss.backward()
-    assert len(runs) == 2
+    assert len(runs) == expected_runs
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.grad, plain[name], msg=name)
 

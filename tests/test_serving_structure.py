@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AttentionInterface, AutoModel
+from transformers import AttentionInterface, AutoModel, DataCollatorWithFlattening
 
 from rezero_hf import ReZeroForCausalLM, ReZeroModel
 
@@ -63,6 +63,28 @@ def test_arguments_reach_attention_which_knows_its_layer(tiny_model, ids):
     assert seen == [
         (layer, True, model.config.head_dim**-0.5, "ours") for layer in range(model.config.num_hidden_layers)
     ]
+
+
+def test_flash_attentions_arguments_for_packed_rows_reach_attention(tiny_model, ids):
+    """What the library's padding-free collator says of document bounds arrives at every layer's attention as it was."""
+    seen = []
+
+    def varlen(module, query, key, value, attention_mask, **kwargs):
+        seen.append(
+            {name: kwargs.get(name) for name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")}
+        )
+        return query.transpose(1, 2), None
+
+    AttentionInterface.register("varlen", varlen)
+    model = tiny_model()
+    model.set_attn_implementation("varlen")
+    documents = [{"input_ids": row[:length].tolist()} for row, length in zip(ids, (5, 7), strict=True)]
+    batch = DataCollatorWithFlattening(return_flash_attn_kwargs=True)(documents)
+    assert model(**batch, use_cache=False).loss.isfinite()
+    assert len(seen) == model.config.num_hidden_layers
+    for arguments in seen:
+        assert arguments["cu_seq_lens_q"].tolist() == arguments["cu_seq_lens_k"].tolist() == [0, 5, 12]
+        assert arguments["max_length_q"] == arguments["max_length_k"] == 7
 
 
 def test_the_head_is_one_linear_map_and_the_embeddings_factor_can_be_read(tiny_model, ids):

@@ -1,14 +1,10 @@
-"""What comes in: scaled token embeddings, and rotary positions, by which attention turns its queries and keys."""
+"""What comes in: scaled token embeddings, and positions, learned vectors or angles that turn queries and keys."""
 
 import torch
 from torch import nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 
 from .configuration_rezero import ReZeroConfig
-
-
-# GPT-2's scale. Drawn with std 1 like the tokens, learned positions cost about 0.4 bits per byte.
-LEARNED_POSITION_STD = 0.02
 
 
 class ReZeroTokenEmbedding(nn.Embedding):
@@ -24,6 +20,28 @@ class ReZeroTokenEmbedding(nn.Embedding):
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         return super().forward(input_ids) * self.embed_scale
+
+
+class ReZeroPositionEmbedding(nn.Embedding):
+    """Learned absolute positions. One past the last is a clear error, where seeing it costs nothing.
+
+    Raises:
+        ValueError: a position that was never learned (on a CPU).
+    """
+
+    # GPT-2's scale. Drawn with std 1 like the tokens, learned positions cost about 0.4 bits per byte.
+    init_std = 0.02
+
+    def forward(self, position_ids: torch.Tensor) -> torch.Tensor:
+        # Reading a position would stall an accelerator and break a compiled graph: there the lookup itself fails.
+        if position_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+            last, limit = int(position_ids.max()), self.num_embeddings
+            if last >= limit:
+                raise ValueError(
+                    f"position {last} is beyond the {limit} learned positions (max_position_embeddings): shorten the "
+                    'input or the generation, or train with position_embedding="rope".'
+                )
+        return super().forward(position_ids)
 
 
 class ReZeroRotaryEmbedding(nn.Module):

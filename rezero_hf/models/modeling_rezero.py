@@ -5,7 +5,7 @@ rotary positions by default; unit-variance embeddings, because no norm will repa
 plain is in `ReZeroModel`; the head is one linear map, because serving engines bring their own.
 """
 
-import re
+import copy
 from collections.abc import Callable
 
 import torch
@@ -23,14 +23,13 @@ from transformers.modeling_layers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, MaskedLMOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.auto import modeling_auto
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_rezero import ReZeroConfig
-from .embeddings import LEARNED_POSITION_STD, ReZeroRotaryEmbedding, ReZeroTokenEmbedding, rotate
+from .embeddings import ReZeroPositionEmbedding, ReZeroRotaryEmbedding, ReZeroTokenEmbedding, rotate
 from .portable import PortablePreTrainedModel
 from .residual import NORMS, RESIDUAL_FORMS, Residual
 
@@ -209,6 +208,12 @@ class ReZeroPreTrainedModel(PortablePreTrainedModel):
     _can_record_outputs = {"hidden_states": ReZeroDecoderLayer, "attentions": ReZeroAttention}
 
     def __init__(self, config: ReZeroConfig):
+        tp_size = getattr(getattr(config, "distributed_config", None), "tp_size", None) or 1
+        if config.num_key_value_heads % tp_size:
+            raise ValueError(
+                f"tp_size={tp_size} processes cannot share num_key_value_heads={config.num_key_value_heads} evenly; "
+                "choose a tp_size that divides it."
+            )
         super().__init__(config)
         self._keep_in_fp32_modules_strict = ["alpha"] if RESIDUAL_FORMS[config.residual].has_gate else None
 
@@ -256,8 +261,7 @@ class ReZeroModel(ReZeroPreTrainedModel):
         self.embed_positions = None
         self.rotary_emb = None
         if config.position_embedding == "learned":
-            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-            self.embed_positions.init_std = LEARNED_POSITION_STD
+            self.embed_positions = ReZeroPositionEmbedding(config.max_position_embeddings, config.hidden_size)
         else:
             self.rotary_emb = ReZeroRotaryEmbedding(config)
         self.dropout = nn.Dropout(config.embedding_dropout)
@@ -313,10 +317,11 @@ class ReZeroModel(ReZeroPreTrainedModel):
         )
 
         hidden_states, position_embeddings = inputs_embeds, None
-        if self.embed_positions is not None:
-            hidden_states = hidden_states + self._learned_positions(position_ids)
-        else:
+        if self.rotary_emb is not None:
             position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        # A later pipeline stage, where layer 0 is elsewhere, takes a stream that already holds its positions.
+        elif next(self.layers[0].parameters(), None) is not None:
+            hidden_states = hidden_states + self.embed_positions(position_ids)
         hidden_states = self.dropout(hidden_states)
         for layer in self.layers[: self.config.num_hidden_layers]:
             hidden_states = layer(
@@ -336,20 +341,6 @@ class ReZeroModel(ReZeroPreTrainedModel):
         documents = find_packed_sequence_indices(position_ids.expand(batch_size, -1))
         return None if documents is None else packed_sequence_mask_function(documents)
 
-    def _learned_positions(self, position_ids: torch.LongTensor) -> torch.Tensor | float:
-        # A later pipeline stage, where layer 0 is elsewhere, takes a stream that already holds its positions.
-        if next(self.layers[0].parameters(), None) is None:
-            return 0.0
-        # Reading a position would stall an accelerator and break a compiled graph: there the lookup itself fails.
-        if position_ids.device.type == "cpu" and not torch.compiler.is_compiling():
-            last, limit = int(position_ids.max()), self.config.max_position_embeddings
-            if last >= limit:
-                raise ValueError(
-                    f"position {last} is beyond the {limit} learned positions (max_position_embeddings): shorten the "
-                    'input or the generation, or train with position_embedding="rope".'
-                )
-        return self.embed_positions(position_ids)
-
 
 class ReZeroLanguageModel(ReZeroPreTrainedModel):
     """The network with a linear head over the vocabulary: what next-token and masked prediction share."""
@@ -368,6 +359,14 @@ class ReZeroLanguageModel(ReZeroPreTrainedModel):
 
 class ReZeroForCausalLM(ReZeroLanguageModel, GenerationMixin):
     """Predicts the next token, and generates."""
+
+    def __init__(self, config: ReZeroConfig):
+        if not config.is_causal:
+            raise ValueError(
+                "is_causal=False lets every token see the next one, which ReZeroForCausalLM is to predict; use "
+                "ReZeroForMaskedLM, or pass is_causal=True to take over the weights alone."
+            )
+        super().__init__(config)
 
     @can_return_tuple
     def forward(
@@ -420,7 +419,10 @@ class ReZeroForMaskedLM(ReZeroLanguageModel):
     """Looks both ways and restores masked tokens. It has no cache."""
 
     def __init__(self, config: ReZeroConfig):
-        config.is_causal = False
+        if config.is_causal:
+            # Another model may be made from the caller's.
+            config = copy.deepcopy(config)
+            config.is_causal = False
         super().__init__(config)
 
     @can_return_tuple
@@ -489,11 +491,5 @@ class ReZeroForQuestionAnswering(GenericForQuestionAnswering, ReZeroPreTrainedMo
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
 
-
-# Parts of the library look class names up by task instead of asking the Auto classes: Trainer shifts labels for its own
-# label smoothing only for names it finds here, and `transformers serve` and pipelines check their task.
-for auto, name in ReZeroPreTrainedModel.auto_classes.items():
-    task = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", auto.removeprefix("Auto")).upper()
-    getattr(modeling_auto, f"{task}_MAPPING_NAMES")["rezero"] = name
 
 __all__ = [*ReZeroPreTrainedModel.auto_classes.values(), "ReZeroPreTrainedModel"]  # noqa: PLE0604

@@ -1,5 +1,6 @@
 """Checkpoints that carry their own code: what `save_pretrained` writes loads where this package is not installed."""
 
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import ClassVar
 
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto import modeling_auto
 
 
 class PortablePreTrainedModel(PreTrainedModel):
@@ -18,10 +20,21 @@ class PortablePreTrainedModel(PreTrainedModel):
     here, and saving does the work itself: `Trainer`, `push_to_hub`, a PEFT merge and FSDP2 all end in
     `save_pretrained`.
 
-    Subclasses set `auto_classes`: the Auto class names mapped to the class names of their own module.
+    The base class of each family sets `auto_classes`: the Auto class names mapped to the class names of its module.
     """
 
     auto_classes: ClassVar[dict[str, str]] = {}
+
+    def __init_subclass__(cls, **kwargs):
+        """Enters a family's names where parts of the library look them up by task instead of asking the Auto classes.
+
+        Trainer shifts labels for its own label smoothing only for names it finds there, and `transformers serve` and
+        pipelines check their task.
+        """
+        super().__init_subclass__(**kwargs)
+        for auto, name in cls.__dict__.get("auto_classes", {}).items():
+            task = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", auto.removeprefix("Auto")).upper()
+            getattr(modeling_auto, f"{task}_MAPPING_NAMES")[cls.config_class.model_type] = name
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoModel"):
