@@ -8,13 +8,16 @@ LAUNCH ?= --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dyna
 	--num_cpu_threads_per_process $(CORES)
 READY := .venv/.ready
 
-.PHONY: pretrain test lint format clean
+.PHONY: pretrain test torture lint format clean
 
 pretrain: $(READY)  ## train the quickstart model on this machine
 	$(BIN)/accelerate launch $(LAUNCH) scripts/pretrain.py scripts/recipes/quickstart.yaml $(ARGS)
 
 test: $(READY)  ## the whole suite, offline, on a CPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(ARGS)
+
+torture: $(READY)  ## kill runs at random, resume them, compare them bit for bit; half an hour
+	$(BIN)/python scripts/torture.py $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -24,7 +24,7 @@ _LAZY = {
     "ReZeroTrainer": "training",
     "ReZeroTrainingArguments": "arguments",
     "byte_tokenizer": "tokenization",
-    "export_folder": "checkpoints",
+    "export_folder": "export",
     "gates": "optim",
     "load_recipe": "recipe",
     "make_optimizer": "optim",

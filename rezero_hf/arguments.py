@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from transformers import TrainingArguments
@@ -11,7 +12,7 @@ from .errors import UserError
 from .optim import OptimizerName, check_optimizer
 
 
-COUNTS = ("gradient_accumulation_steps", "global_batch_size", "eval_blocks", "final_eval_blocks")
+COUNTS = ("gradient_accumulation_steps", "global_batch_size", "eval_blocks", "final_eval_blocks", "peak_flops")
 MULTIPLIERS = ("gate_lr_multiplier", "matrix_lr_multiplier")
 
 
@@ -31,12 +32,19 @@ class ReZeroTrainingArguments(TrainingArguments):
         final_eval_blocks: the same for the evaluation of validation and test at the end of a run; its numbers are the
             ones the model card shows, so only smoke tests set it.
         matrix_lr_multiplier: with Muon, learning rate of the orthogonalised matrices over that of the rest, default 1.
+        nonfinite: what to do with a step whose loss or gradient is not finite: `stop` (default) ends the run and says
+            which blocks and layers were at it; `skip` leaves the step out. Neither lets it reach the parameters.
+        max_skipped_steps: with `skip`, how many steps of a run may be left out before it stops after all, default 10.
+        peak_flops: the device's peak in FLOP/s at the run's precision, for the model FLOPs utilisation; None (default)
+            looks it up by the device's name (`planning.peak_flops`), which knows no CPU.
 
     Changed defaults:
         train_sampling_strategy: `sequential`, because `TrainBlocks` is already in a shuffled order that is a function
             of (seed, index), which is what makes a resume exact.
         logging_nan_inf_filter: False: a step that is not finite must show.
         remove_unused_columns: False: `shift_labels` is no named argument of the model's forward.
+        ddp_find_unused_parameters: False: every parameter gets a gradient in every step (zeros while alpha is 0), and
+            looking for others costs a walk through the graph.
         logging_steps 10: the library's 500 shows nothing of a short run. disable_tqdm stays the library's choice.
 
     Raises:
@@ -48,11 +56,15 @@ class ReZeroTrainingArguments(TrainingArguments):
     optimizer: OptimizerName = field(default="adamw")
     gate_lr_multiplier: float = field(default=1.0)
     matrix_lr_multiplier: float = field(default=1.0)
+    nonfinite: Literal["stop", "skip"] = field(default="stop")
+    max_skipped_steps: int = field(default=10)
+    peak_flops: float | None = field(default=None)
     eval_blocks: int | None = field(default=None)
     final_eval_blocks: int | None = field(default=None)
     train_sampling_strategy: str = field(default="sequential")
     logging_nan_inf_filter: bool = field(default=False)
     remove_unused_columns: bool | None = field(default=False)
+    ddp_find_unused_parameters: bool | None = field(default=False)
     logging_steps: float = field(default=10)
 
     def __post_init__(self):
@@ -90,4 +102,8 @@ class ReZeroTrainingArguments(TrainingArguments):
                 raise UserError(f"{name}={getattr(self, name)}: must be in [0, 1).")
         if self.max_steps == 0:
             raise UserError("max_steps=0: must be at least 1, or -1 to count num_train_epochs instead.")
+        if self.nonfinite not in ("stop", "skip"):
+            raise UserError(f"nonfinite={self.nonfinite!r} is unknown; one of stop, skip.")
+        if self.max_skipped_steps < 0:
+            raise UserError(f"max_skipped_steps={self.max_skipped_steps}: must be 0 or more.")
         check_optimizer(self.optimizer)

@@ -1,12 +1,14 @@
 """What a run records and shows while it trains: `metrics.jsonl`, the gates, and a progress bar in bits per byte."""
 
 import json
+import math
 from pathlib import Path
 from typing import ClassVar
 
 from torch import nn
 from transformers import ProgressCallback, TrainerCallback
 
+from .errors import UserError
 from .optim import gates
 
 
@@ -35,19 +37,38 @@ class MetricsLog(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs and "loss" in logs:
-            self._append(state, {"event": "train", "step": state.global_step, **logs})
+            self.append(state, {"event": "train", "step": state.global_step, **logs})
 
     def on_evaluate(self, args, state, control, metrics=None, model=None, **kwargs):
         alpha = gate_values(model)
         measured = {name: metrics[f"eval_{name}"] for name in MEASURED if f"eval_{name}" in metrics}
         row = {"event": "eval", "step": state.global_step, "split": "validation", **measured, "alpha": alpha}
-        self._append(state, row)
+        self.append(state, row)
 
-    def _append(self, state, row: dict) -> None:
-        if state.is_world_process_zero:
+    def append(self, state, row: dict) -> None:
+        """Write one row, on the main process. A number that is not finite, which JSON has no word for, becomes null.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        if not state.is_world_process_zero:
+            return
+        try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(json.dumps(_finite(row), allow_nan=False) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: {error.strerror}; the same command goes on from the last complete checkpoint."
+            ) from error
+
+
+def _finite(value):
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class BitsPerByteProgress(ProgressCallback):

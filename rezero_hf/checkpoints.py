@@ -1,217 +1,219 @@
-"""The publishable folder: written whole or not at all, and checked before it takes its final name.
+"""Training checkpoints on disk: a folder with its final name is whole, and says what it holds.
 
-`export_folder` adds to what `save_pretrained` writes everything a stranger needs: tokenizer, generation config,
-recipe, results, figures and a model card. `verification.verify_folder` is the check.
+A checkpoint is written as `.checkpoint-N.partial`. When every process has written its part, each file is synced and
+its hash goes into `complete.json`, which is synced last; then the folder takes its name. A run that is killed on the
+way leaves a partial folder that nobody reads and the next save removes.
 """
 
-import copy
 import json
-import logging
-import math
+import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
-from fnmatch import fnmatch
-from importlib.util import find_spec
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+import xxhash
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+from .durable import sync, write_whole
 from .errors import UserError
-from .figures import gate_history, gate_map, loss_curve
-from .hub import render_card
-from .verification import CheckpointError, scrub, verify_folder
 
 
-logger = logging.getLogger(__name__)
-
-# What an export consists of. A folder that holds anything else is somebody's, and is not replaced.
-EXPORTED = (
-    "*.py",
-    "*.safetensors",
-    "model.safetensors.index.json",
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "recipe.yaml",
-    "run.json",
-    "metrics.jsonl",
-    "figures/*.png",
-    "README.md",
-)
+MANIFEST = "complete.json"
+# Raise it when a checkpoint of the old kind could not be resumed from any more.
+FORMAT_VERSION = 1
+_NAME = re.compile(r"checkpoint-(\d+)")
 
 
-def export_folder(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: str | Path,
-    *,
-    run: dict[str, Any] | None = None,
-    metrics: list[dict] | None = None,
-    recipe_text: str | None = None,
-    repo_id: str | None = None,
-) -> Path:
-    """Write a folder that goes to the Hub as it is, and loads anywhere.
+class IncompleteCheckpointError(UserError):
+    """A folder is no whole checkpoint; the message says which file is wrong and how."""
 
-    Everything is written beside the final name and verified there; only then does it take that name. Whatever fails on
-    the way, an older export at `folder` stays as it was. Of that older one the user's section of the card is kept.
-    On several processes call it on the main one, with a model whose parameters are whole.
+
+def partial_of(folder: Path) -> Path:
+    """Where a checkpoint is written before it has its name."""
+    return folder.with_name(f".{folder.name}.partial")
+
+
+def begin_checkpoint(folder: Path) -> Path:
+    """Make the empty partial folder of a checkpoint, and clear away what killed saves have left beside it."""
+    for stale in (*folder.parent.glob(".checkpoint-*.partial"), *folder.parent.glob(".checkpoint-*.deleted")):
+        shutil.rmtree(stale)
+    partial = partial_of(folder)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def finish_checkpoint(folder: Path, record: dict[str, Any]) -> None:
+    """Vouch for everything in the partial folder and give it its name. An older folder of that name is replaced.
 
     Args:
-        model: The model, in the precision to publish. It is left as it was found.
-        tokenizer: Its tokenizer, whose end-of-text and padding ids the folder's configurations take over.
-        folder: Where to. An earlier export there is replaced.
-        run: The run's record, written to `run.json` and the card without host and user names and absolute paths.
-        metrics: Rows of `metrics.jsonl`, written as they are and drawn.
-        recipe_text: The resolved recipe, written to `recipe.yaml` and the card.
-        repo_id: `user/name` on the Hub, for the card's usage snippets.
+        folder: the final name, `checkpoint-N`.
+        record: what resuming needs to know beforehand (JSON); `verify_checkpoint` returns it.
+    """
+    partial = partial_of(folder)
+    names = _names(partial)
+    for name in names:
+        sync(partial / name)
+    for inner in {(partial / name).parent for name in names}:
+        sync(inner)
+    files = dict(zip(names, _fingerprints(partial, names), strict=True))
+    write_whole(partial / MANIFEST, json.dumps({"format": FORMAT_VERSION, **record, "files": files}, indent=1) + "\n")
+    if folder.exists():
+        remove_checkpoint(folder)
+    partial.rename(folder)
+    sync(folder.parent)
+
+
+def verify_checkpoint(folder: str | Path) -> dict[str, Any]:
+    """Compare every file with the size and hash it was written with.
+
+    Reads everything once, hashed by xxh3-128 on all cores: it is to find damage, not forgery, and is several times
+    faster than a disk.
+
+    Args:
+        folder: a checkpoint.
 
     Returns:
-        The folder.
+        What `complete.json` says.
 
     Raises:
-        CheckpointError: What was written does not verify.
-        UserError: `folder` holds files that no export writes.
-        UserError: The card in `folder` has lost the markers around the user's section.
+        IncompleteCheckpointError: a file is missing, has changed, or was not vouched for.
     """
-    folder = Path(folder).absolute()
-    partial, previous = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "previous"))
-    _recover(folder, partial, previous)
-    _refuse_strange_files(folder)
-    card = folder / "README.md"
-    old_card = card.read_text(encoding="utf-8") if card.exists() else None
-    partial.mkdir(parents=True)
+    folder = Path(folder)
     try:
-        _write_model(model, tokenizer, partial)
-        run = scrub(run) if run else None
-        recipe_text = scrub(recipe_text, names=False) if recipe_text else None
-        if recipe_text:
-            (partial / "recipe.yaml").write_text(recipe_text, encoding="utf-8")
-        if run:
-            (partial / "run.json").write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
-        if metrics:
-            rows = "".join(json.dumps(row) + "\n" for row in metrics)
-            (partial / "metrics.jsonl").write_text(rows, encoding="utf-8")
-        render_card(
-            run,
-            model.config,
-            metrics=metrics,
-            recipe_text=recipe_text,
-            figures=_write_figures(metrics or [], partial),
-            repo_id=repo_id,
-            previous=old_card,
-        ).save(partial / "README.md")
-        try:
-            verify_folder(partial)
-        except CheckpointError as error:
-            raise CheckpointError(folder, error.problems) from None
-        _swap(folder, partial, previous)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return folder
-
-
-@contextmanager
-def rescue(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> Iterator[None]:
-    """Save the bare model to `folder` if the body fails: a trained model is not lost to a full disk or a broken figure.
-
-    Raises:
-        UserError: the body failed; says why and where the weights are.
-    """
-    try:
-        yield
-    except Exception as error:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        raise UserError(
-            f"{error}\nThe model was trained, but not published; its weights are safe in {folder}."
-        ) from error
-
-
-def _write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    # What the tokenizer does not define stays as the model has it.
-    ids = {name: value for name, value in ids.items() if value is not None}
-    generation_config = copy.deepcopy(model.generation_config) if model.can_generate() else None
-    if generation_config is not None:
-        generation_config.update(**ids, use_cache=True)
-        # Else the ids would be read from the model's configuration again.
-        generation_config._from_model_config = False
-    # Trainer switches the cache off in the configuration of the model it trains.
-    with (
-        _temporarily(model.config, **ids, use_cache=True),
-        _temporarily(model, generation_config=generation_config),
-    ):
-        model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-@contextmanager
-def _temporarily(target: Any, **values: Any) -> Iterator[None]:
-    before = {name: getattr(target, name, None) for name in values}
-    for name, value in values.items():
-        setattr(target, name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(target, name, value)
-
-
-def _write_figures(metrics: list[dict], folder: Path) -> list[str]:
-    """Draw what the rows hold; returns the pictures' paths inside the folder."""
-    if metrics and find_spec("matplotlib") is None:
-        logger.warning("The folder gets no figures: matplotlib is not installed (pip install matplotlib).")
-        return []
-    figures = []
-    if any(math.isfinite(row.get("bits_per_byte") or math.nan) for row in metrics):
-        figures.append(loss_curve(metrics, folder / "figures" / "loss.png"))
-    if gate_history(metrics) is not None:
-        figures.append(gate_map(metrics, folder / "figures" / "gates.png"))
-    return [path.relative_to(folder).as_posix() for path in figures]
-
-
-def _recover(folder: Path, partial: Path, previous: Path) -> None:
-    """Clean up after an export that was killed: the older folder gets its name back if the newer never took it."""
-    if previous.exists():
-        if folder.exists():
-            shutil.rmtree(previous)
-        else:
-            previous.rename(folder)
-    if partial.exists():
-        shutil.rmtree(partial)
-
-
-def _refuse_strange_files(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file; choose another folder to export to")
-    strange = [
-        name
-        for name in (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if not path.is_dir())
-        if not any(fnmatch(name, pattern) and name.count("/") == pattern.count("/") for pattern in EXPORTED)
-    ]
-    if strange:
-        raise UserError(
-            f"{folder} holds files that no export writes ({', '.join(strange[:4])}) and is not replaced; "
-            "move them away or choose another folder"
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        expected, version = manifest["files"], manifest["format"]
+    except OSError:
+        raise IncompleteCheckpointError(f"{folder} has no {MANIFEST}: it was never finished") from None
+    except (ValueError, KeyError, TypeError):
+        raise IncompleteCheckpointError(f"{folder / MANIFEST} is damaged") from None
+    if version != FORMAT_VERSION:
+        raise IncompleteCheckpointError(
+            f"{folder} has format {version}, this version reads {FORMAT_VERSION}: resume with the version that wrote it"
         )
+    found = set(_names(folder))
+    for name in sorted(expected):
+        if name not in found:
+            raise IncompleteCheckpointError(f"{folder / name} is missing")
+    if strange := sorted(found - set(expected)):
+        raise IncompleteCheckpointError(f"{folder / strange[0]} does not belong to the checkpoint")
+    for name, now in zip(sorted(expected), _fingerprints(folder, sorted(expected)), strict=True):
+        if now["bytes"] != expected[name]["bytes"]:
+            raise IncompleteCheckpointError(
+                f"{folder / name} has {now['bytes']} bytes instead of {expected[name]['bytes']}"
+            )
+        if now != expected[name]:
+            raise IncompleteCheckpointError(f"{folder / name} has changed since it was written")
+    return manifest
 
 
-def _swap(folder: Path, partial: Path, previous: Path) -> None:
-    """Give the finished folder its name. No system call does this to two directories, hence the way back."""
-    if not folder.exists():
-        partial.rename(folder)
+def checkpoints_in(folder: str | Path) -> list[Path]:
+    """Every folder called `checkpoint-N` below `folder`, the newest first; whole or not."""
+    found = [path for path in Path(folder).glob("checkpoint-*") if path.is_dir() and _NAME.fullmatch(path.name)]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(folder: str | Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(_NAME.fullmatch(Path(folder).name).group(1))
+
+
+def newest_complete(folder: str | Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that verifies and can be resumed from.
+
+    Args:
+        folder: where a run's checkpoints are; it need not exist.
+
+    Returns:
+        The checkpoint, None if there is none, and a line for each newer one that was passed over, saying why.
+    """
+    skipped = []
+    for checkpoint in checkpoints_in(folder):
+        try:
+            if verify_checkpoint(checkpoint)["resumable"]:
+                return checkpoint, skipped
+            skipped.append(f"{checkpoint} holds weights alone (save_only_model)")
+        except IncompleteCheckpointError as error:
+            skipped.append(str(error))
+    return None, skipped
+
+
+def fetch_checkpoint(source: str, into: Path) -> Path:
+    """Bring a checkpoint from elsewhere to where a run looks for its own.
+
+    Args:
+        source: a checkpoint's folder; or `ORG/NAME` or `ORG/NAME@REVISION` of a Hub repository that holds folders
+            `checkpoint-N`, of which the newest complete one is taken. Nothing of it is run, and no pickle is opened.
+        into: the run's folder of checkpoints.
+
+    Returns:
+        The checkpoint there.
+
+    Raises:
+        UserError: there is no complete checkpoint.
+    """
+    if Path(source).is_dir():
+        found, skipped = Path(source).absolute(), []
+    else:
+        repository, _, revision = source.partition("@")
+        try:
+            snapshot = snapshot_download(repository, revision=revision or None, allow_patterns="checkpoint-*/**")
+        except (OSError, HfHubHTTPError, HFValidationError) as error:
+            why = str(error).strip().splitlines()[0]
+            raise UserError(f"{source} is neither a folder nor a Hub repository that can be read ({why})") from error
+        found, skipped = newest_complete(snapshot)
+    if found is None or _NAME.fullmatch(found.name) is None:
+        there = "; ".join(skipped) or "a checkpoint's folder is called checkpoint-N"
+        raise UserError(f"{source} holds no complete checkpoint ({there})")
+    verify_checkpoint(found)
+    target = into / found.name
+    into.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(found, partial_of(target))
+    partial_of(target).rename(target)
+    sync(into)
+    return target
+
+
+def rotate(folder: Path, limit: int | None, best: str | None = None) -> None:
+    """Delete the oldest finished checkpoints beyond `limit`; never the newest one, nor `best`.
+
+    A folder without `complete.json` neither counts nor is deleted: it is for a person to look at.
+    """
+    if not limit or limit < 1:
         return
-    folder.rename(previous)
-    try:
-        partial.rename(folder)
-    except BaseException:
-        previous.rename(folder)
-        raise
-    shutil.rmtree(previous)
+    finished = [path for path in checkpoints_in(folder) if (path / MANIFEST).is_file()]
+    kept = [path for path in finished if best is not None and path.name == Path(best).name]
+    for checkpoint in finished:
+        if checkpoint not in kept and (len(kept) < limit or checkpoint == finished[0]):
+            kept.append(checkpoint)
+    for checkpoint in finished:
+        if checkpoint not in kept:
+            remove_checkpoint(checkpoint)
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Delete a checkpoint such that a kill on the way leaves no half of it under its name."""
+    doomed = folder.with_name(f".{folder.name}.deleted")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _names(folder: Path) -> list[str]:
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(name for name in names if name != MANIFEST)
+
+
+def _fingerprints(folder: Path, names: list[str]) -> list[dict[str, Any]]:
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(_fingerprint, (folder / name for name in names)))
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    digest, size = xxhash.xxh3_128(), 0
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+            size += len(block)
+    return {"bytes": size, "xxh3_128": digest.hexdigest()}

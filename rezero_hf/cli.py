@@ -1,18 +1,42 @@
 """How every script starts: typer reads the arguments, and a user's mistake ends in one line instead of a traceback."""
 
 import functools
+import gc
+import os
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 import typer
 
 from .errors import UserError
 
 
+# What torch says when a peer or a data loader has ended: gloo, NCCL, the store they meet at, and DataLoader.
+SIGNS_OF_A_LOST_PROCESS = (
+    *("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe", "Socket Timeout"),
+    *("ncclRemoteError", "ncclSystemError", "ncclInternalError", "DataLoader worker", "Timed out waiting"),
+)
+
+
+def stop(message: str) -> NoReturn:
+    """End this process with status 2 and one line on stderr, which says which process it is when there are several."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    where = f"[process {os.environ.get('RANK', '0')}] " if processes > 1 else ""
+    typer.echo(f"{where}error: {message}", err=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if processes > 1:
+        # Leaving by the door would wait for peers that wait for this one.
+        os._exit(2)
+    sys.exit(2)
+
+
 def run(main: Callable) -> None:
     """Run a script's `main`, its arguments taken from the command line by their annotations.
 
-    A `UserError` is printed as one line on stderr and ends the process with status 2.
+    A `UserError` is printed as one line on stderr and ends the process with status 2. So does what a process sees when
+    another one of its run, or one of its data loaders, is gone.
     """
 
     @functools.wraps(main)
@@ -20,9 +44,29 @@ def run(main: Callable) -> None:
         try:
             return main(*args, **kwargs)
         except UserError as error:
-            typer.echo(f"error: {error}", err=True)
-            sys.exit(2)
+            stop(str(error))
+        except RuntimeError as error:
+            if not any(sign in str(error) for sign in SIGNS_OF_A_LOST_PROCESS):
+                raise
+            stop(
+                f"another process of this run is gone ({' '.join(str(error).split())[:120]}); what it said, if "
+                "anything, is the reason. The same command goes on from the last complete checkpoint."
+            )
+        finally:
+            leave_group()
 
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     app.command(help=sys.modules[main.__module__].__doc__)(guarded)
     app()
+
+
+def leave_group() -> None:
+    """Leave the other processes in good order, while Python is alive.
+
+    What still holds the group when the interpreter ends (a model wrapped by DDP, in a cycle of references) has threads
+    that then look for Python and now and then abort the process after all its work is done.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        gc.collect()
+        distributed.destroy_process_group()

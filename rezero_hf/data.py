@@ -10,6 +10,7 @@ run, a run on more machines and an uninterrupted one see the same text in the sa
 """
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -21,12 +22,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from .corpora import open_corpus
-from .shards import INDEX_NAME, TokenStream, write_shards
+from .packing import write_shards
+from .shards import INDEX_NAME, TokenStream
 from .sources import SPLITS, DataError, Source, explained
 from .tokenization import check_tokenizer, tokenizer_fingerprint
 
@@ -82,12 +83,14 @@ class DataConfig:
 def prepare(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, progress: bool = True) -> "PreparedData":
     """Packed shards for a recipe: written now if they are missing, otherwise only opened.
 
-    Safe to interrupt at any point and to run from several processes at once; the second one waits for the first.
+    Safe to kill at any point and to run from several processes at once, on several machines too where they share the
+    cache: the others wait for the one that writes, and if it dies another one goes on from its last durable point. They
+    wait for a lock and not in a collective, so nothing times out.
 
     Args:
         config: the recipe's data section.
         tokenizer: what `config.tokenizer` names, loaded.
-        progress: show a progress bar while tokenizing.
+        progress: show progress bars, and say on stderr what is written, waited for or gone on with.
 
     Raises:
         DataError: a value, path, text or tokenizer that cannot be used.
@@ -108,11 +111,8 @@ def prepare(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, progress:
         }
         fingerprint = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:32]
         folder = cache / fingerprint
-        if not (folder / INDEX_NAME).is_file():
-            with FileLock(cache / f"{fingerprint}.lock"):
-                if not (folder / INDEX_NAME).is_file():
-                    write_shards(folder, corpora, tokenizer, inputs, progress)
-    prepared = PreparedData(folder, config, [corpus.label for corpus in corpora])
+        tokenized = write_shards(folder, corpora, tokenizer, inputs, progress)
+    prepared = PreparedData(folder, config, [corpus.label for corpus in corpora], tokenized)
     for number, source in enumerate(config.sources):
         tokens = len(prepared.stream("train", number))
         if tokens < config.block_size:
@@ -131,13 +131,14 @@ class PreparedData:
         index: what `index.json` says: every split's documents, tokens, bytes and shards.
         separator: id between documents.
         pad: id that fills the last, shorter evaluation block.
+        tokenized_bytes: text that was tokenized for it just now; 0 when its shards were there already.
 
     Raises:
         DataError: the index cannot be read, or a shard is missing or has another size than recorded.
     """
 
-    def __init__(self, folder: Path, config: DataConfig, labels: list[str]) -> None:
-        self.folder, self.config, self._labels = folder, config, labels
+    def __init__(self, folder: Path, config: DataConfig, labels: list[str], tokenized_bytes: int = 0) -> None:
+        self.folder, self.config, self._labels, self.tokenized_bytes = folder, config, labels, tokenized_bytes
         try:
             self.index = json.loads((folder / INDEX_NAME).read_text())
             self.separator, self.pad = self.index["tokenizer"]["separator"], self.index["tokenizer"]["pad"]
@@ -165,13 +166,20 @@ class PreparedData:
             for split in source["splits"].values():
                 yield from split["shards"]
 
-    def verify(self) -> None:
-        """Read every shard and compare its sha256 with the recorded one.
+    def verify(self, part: int = 0, parts: int = 1) -> None:
+        """Read shards and compare their sha256 with the recorded one.
+
+        Args:
+            part, parts: which share of the shards, from 0, out of how many, so that several processes can divide the
+                work. Default: all shards.
 
         Raises:
             DataError: one differs or cannot be read.
+            ValueError: there is no such share.
         """
-        for shard in self._shards():
+        if not 0 <= part < parts:
+            raise ValueError(f"part {part} of {parts}: parts count from 0")
+        for shard in itertools.islice(self._shards(), part, None, parts):
             path = self.folder / shard["file"]
             with explained(f"shard {path} cannot be read", self._way_out), path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import typing
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,31 @@ NOT_OURS = {
     "optim": "choose the optimiser with training.optimizer",
     "optim_args": "choose the optimiser with training.optimizer",
     "data_seed": "training.seed orders the data too",
-    "resume_from_checkpoint": "runs cannot be resumed yet",
+    "resume_from_checkpoint": "the same command goes on by itself; another checkpoint is named with --resume-from",
+    "enable_jit_checkpoint": "a run told to stop (SIGTERM) saves by itself",
+    "ignore_data_skip": "a resumed run would see its text again",
+    "push_to_hub": "runs do not push by themselves yet; upload a model or checkpoint with `hf upload`",
     "do_train": "scripts/pretrain.py always trains",
     "do_eval": "scripts/pretrain.py always evaluates",
     "do_predict": "scripts/pretrain.py always evaluates",
 }
+
+
+# Words of `training` that say where and how a run happens and not what it computes; a resumed run may change them.
+CIRCUMSTANCES = (
+    *("per_device_*_batch_size", "gradient_accumulation_steps", "eval_accumulation_steps", "auto_find_batch_size"),
+    *("logging_*", "log_*", "report_to", "run_name", "project", "trackio_*", "disable_tqdm", "debug", "peak_flops"),
+    *("save_*", "push_to_hub", "hub_*", "dataloader_*", "ddp_*", "fsdp*", "deepspeed", "parallelism_config"),
+    *(
+        "accelerator_config",
+        "use_cpu",
+        "torch_compile*",
+        "tf32",
+        "activation_checkpointing*",
+        "gradient_checkpointing*",
+    ),
+    *("nonfinite", "max_skipped_steps", "final_eval_blocks", "torch_empty_cache_steps", "skip_memory_metrics"),
+)
 
 
 class RecipeError(UserError):
@@ -169,6 +190,26 @@ def load_recipe(path: str | Path, overrides: typing.Iterable[str] = (), smoke: b
         data["sources"] = _sources(data["sources"], f"{path}: data.sources")
     data = DataConfig(**_checked(data, DataConfig, f"{path}: data"))
     return Recipe(name=str(name), path=str(path), model=model, data=data, training=training)
+
+
+def changed_words(before: str, after: str) -> tuple[list[str], list[str]]:
+    """Where two resolved recipes differ, as lines `section.key: OLD -> NEW`.
+
+    Args:
+        before, after: resolved recipes, as YAML.
+
+    Returns:
+        The words that decide what a run computes, and those of `CIRCUMSTANCES`.
+    """
+    binding, free = [], []
+    old, new = (yaml.safe_load(text) for text in (before, after))
+    for section in ("model", "data", "training"):
+        for key in sorted(old.get(section, {}).keys() | new[section].keys()):
+            was, now = old.get(section, {}).get(key), new[section].get(key)
+            if was != now:
+                circumstance = section == "training" and any(fnmatch(key, pattern) for pattern in CIRCUMSTANCES)
+                (free if circumstance else binding).append(f"{section}.{key}: {was} -> {now}")
+    return binding, free
 
 
 def name_is_plain(name: Any) -> bool:

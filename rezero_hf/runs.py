@@ -4,7 +4,6 @@
 results) and `model/`, the publishable folder.
 """
 
-import itertools
 import json
 import os
 import platform
@@ -14,10 +13,9 @@ import sys
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
 from .errors import UserError
 
@@ -26,49 +24,6 @@ PACKAGES = (
     *("torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "pytorch_optimizer"),
     "rezero_hf",
 )
-
-
-class RunDir(NamedTuple):
-    """A folder claimed for one run.
-
-    Attributes:
-        path: the folder, new and empty.
-        aside: where an earlier run is now (`NAME.1`, `NAME.2`, ...); None when there was none.
-        lock: held as long as this object lives, so that no second run writes into the same folder.
-    """
-
-    path: Path
-    aside: Path | None
-    lock: FileLock
-
-
-def new_run_dir(path: str | Path) -> RunDir:
-    """Make an empty folder for a run. An earlier run is moved aside, anything else is left alone.
-
-    Args:
-        path: where the run goes.
-
-    Raises:
-        UserError: another run is writing there, the folder holds something that is no run, or it cannot be made.
-    """
-    path, aside = Path(path).absolute(), None
-    lock = FileLock(path.with_name(f".{path.name}.lock"))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-        if path.exists() and any(path.iterdir()):
-            if not (path / "recipe.yaml").is_file():
-                raise UserError(f"{path} is not empty and holds no run; choose another folder with --output.")
-            numbers = itertools.count(1)
-            aside = next(free for n in numbers if not (free := path.with_name(f"{path.name}.{n}")).exists())
-            path.rename(aside)
-        path.mkdir(exist_ok=True)
-    except Timeout as error:
-        raise UserError(f"{path}: another run is writing there; wait, or choose another with --output.") from error
-    except OSError as error:
-        reason = error.strerror
-        raise UserError(f"{path}: no run can be written there ({reason}); choose another with --output.") from error
-    return RunDir(path, aside, lock)
 
 
 def read_metrics(path: str | Path) -> list[dict]:

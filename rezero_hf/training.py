@@ -1,4 +1,5 @@
-"""What Transformers' Trainer lacks for ReZero pretraining, and nothing else: gate groups, bits per byte, records."""
+"""What Transformers' Trainer lacks for ReZero pretraining, and nothing else: gate groups, bits per byte, records of the
+run, a watch over every step. Saving and resuming are in `resuming.py`."""
 
 import math
 import time
@@ -9,13 +10,16 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import EvalPrediction, PrinterCallback, ProgressCallback, Trainer
+from transformers import EvalPrediction, PrinterCallback, ProgressCallback
 
 from .arguments import ReZeroTrainingArguments
 from .callbacks import MEASURED, BitsPerByteProgress, MetricsLog
 from .data import IGNORE_INDEX, PreparedData
 from .errors import UserError
 from .optim import make_optimizer
+from .resuming import LOG, ResumableTrainer
+from .throughput import Throughput
+from .watch import StepWatch
 
 
 def training_steps(args: ReZeroTrainingArguments, prepared: PreparedData) -> int:
@@ -38,8 +42,8 @@ def sequences_per_step(args: ReZeroTrainingArguments) -> int:
     return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
-class ReZeroTrainer(Trainer):
-    """`Trainer` with parameter groups that know gates, evaluation in bits per byte, and a record of the run.
+class ReZeroTrainer(ResumableTrainer):
+    """`ResumableTrainer` with parameter groups that know gates, evaluation in bits per byte, and a record of the run.
 
     Takes what `Trainer` takes, and:
 
@@ -49,6 +53,8 @@ class ReZeroTrainer(Trainer):
             `shift_labels` counts once and every byte weighs the same, whatever the batch size, the padding or the
             number of processes. Without it (None, default) evaluation is the library's.
         run_dir: where `metrics.jsonl` goes; None (default) writes none.
+
+    With `ReZeroTrainingArguments` every step is looked at before it counts (`watch.StepWatch`).
     """
 
     def __init__(
@@ -62,20 +68,30 @@ class ReZeroTrainer(Trainer):
         self.token_bytes = None if token_bytes is None else torch.as_tensor(token_bytes, device=self.args.device)
         if self.token_bytes is not None and self.compute_metrics is None:
             self.compute_metrics = _sum_over_text
+        self.record = lambda state, row: None
         if run_dir is not None:
-            self.add_callback(MetricsLog(Path(run_dir) / "metrics.jsonl"))
+            self.log_file = Path(run_dir) / LOG
+            log = MetricsLog(self.log_file)
+            self.record = log.append
+            self.add_callback(log)
         self.remove_callback(PrinterCallback)
         if not self.args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(BitsPerByteProgress)
         if self.token_bytes is not None and self.args.remove_unused_columns:
             raise UserError("remove_unused_columns=True would drop shift_labels, which the loss needs; leave it out.")
+        self.throughput = Throughput(self.args, self.model)
+        self.watch = StepWatch(self) if isinstance(self.args, ReZeroTrainingArguments) else None
+        if self.watch is not None:
+            self.add_callback(self.watch)
+        self.step_batches: list[dict[str, torch.Tensor]] = []
+        self.step_losses: list[torch.Tensor] = []
+        self.step_grad_norm: torch.Tensor | float = math.nan
         self._seen = {"tokens": 0, "bytes": 0}
         self._tokens = 0
-        self._start = self._interval_start = time.perf_counter()
 
     def train(self, *args, **kwargs):
-        self._start = self._interval_start = time.perf_counter()
+        self.throughput.start()
         return super().train(*args, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -93,32 +109,72 @@ class ReZeroTrainer(Trainer):
             )
         return super().create_optimizer(model)
 
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        with self.throughput.waiting_for_data():
+            batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.step_batches, self.step_losses = batches, []
+        self._loss_before_step = self._tr_loss.clone()
+        return batches, items
+
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         if self.token_bytes is not None:
             targets = inputs["shift_labels"].to(self.args.device)
             self._seen["tokens"] += (targets != IGNORE_INDEX).sum()
             self._seen["bytes"] += self._bytes_of(targets).sum()
-        return super().training_step(model, inputs, num_items_in_batch)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.step_losses.append(loss)
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        self.step_grad_norm = super()._get_grad_norm(model, grad_norm)
+        return self.step_grad_norm
+
+    def forget_step(self) -> None:
+        """Take the current step's loss out of the mean that the next log line shows."""
+        self._tr_loss.copy_(self._loss_before_step)
+        self._globalstep_last_logged += 1
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self.token_bytes is not None:
-            seconds = time.perf_counter() - self._interval_start
-            tokens, text = (int(self.accelerator.reduce(self._seen[name])) for name in ("tokens", "bytes"))
+            counts = torch.tensor([int(self._seen["tokens"]), int(self._seen["bytes"])], device=self.args.device)
+            tokens, text = self.accelerator.reduce(counts).tolist()
             logs["bits_per_byte"] = logs["loss"] / math.log(2) * tokens / text if text else math.nan
-            logs["tokens_per_second"] = tokens / seconds
             self._tokens += tokens
-            logs["tokens"] = self._tokens
-            logs["wall_seconds"] = round(time.perf_counter() - self._start, 3)
+            length = self.step_batches[0]["input_ids"].shape[1]
+            logs |= {"tokens": self._tokens, **self.throughput.interval(tokens, length)}
             self._seen = {"tokens": 0, "bytes": 0}
-            self._interval_start = time.perf_counter()
         super().log(logs, start_time)
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        # Neither evaluating nor saving counts against the training speed of the interval it falls in.
+        with self.throughput.pause():
+            return super().evaluate(*args, **kwargs)
+
+    def _save_checkpoint(self, model, trial) -> None:
         started = time.perf_counter()
-        metrics = super().evaluate(*args, **kwargs)
-        # Evaluation does not count against the training speed of the interval it falls in.
-        self._interval_start += time.perf_counter() - started
-        return metrics
+        with self.throughput.pause():
+            super()._save_checkpoint(model, trial)
+        seconds = round(time.perf_counter() - started, 3)
+        self.record(self.state, {"event": "save", "step": self.state.global_step, "seconds": seconds})
+
+    def own_state(self) -> dict[str, Any]:
+        shared = {"tokens": self._tokens, "seconds": self.throughput.seconds()}
+        if self.watch is not None:
+            shared["watch"] = self.watch.state()
+        return {"shared": shared, "each": {name: int(count) for name, count in self._seen.items()}}
+
+    def restore_own_state(self, shared: dict[str, Any], each: list[dict[str, Any]]) -> None:
+        self._tokens = shared["tokens"]
+        self.throughput.start(shared["seconds"])
+        if self.watch is not None and "watch" in shared:
+            self.watch.restore(shared["watch"])
+        if len(each) == self.args.world_size:
+            each = [each[self.args.process_index]]
+        elif self.args.process_index:
+            # Only sums over all processes are ever shown: the first one takes over the counts of all there were.
+            each = []
+        self._seen = {name: sum(own[name] for own in each) for name in self._seen}
+        self.record(self.state, {"event": "resume", "step": self.state.global_step, "world_size": self.args.world_size})
 
     def evaluate_text(self, dataset: Dataset) -> dict[str, float]:
         """Loss (nats per token), bits per byte, tokens and bytes of a whole data set, outside the metrics log."""

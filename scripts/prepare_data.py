@@ -4,9 +4,12 @@
     python scripts/prepare_data.py --source 'corpus/**/*.txt' --tokenizer bytes
 
 Training does this by itself when the shards are missing. Do it first on a cluster, where one process would tokenize
-while all others wait, and on machines whose compute nodes have no network. A second call only checks what is there.
+while all others wait, and on machines whose compute nodes have no network. A second call only checks what is there. One
+that was interrupted or killed goes on with the same command.
 """
 
+import sys
+import time
 from typing import Annotated
 
 import typer
@@ -17,6 +20,10 @@ from rezero_hf.errors import UserError
 from rezero_hf.recipe import load_recipe
 from rezero_hf.sources import SPLITS
 from rezero_hf.tokenization import load_tokenizer
+
+
+# 128 + SIGINT, as shells report it.
+INTERRUPTED = 130
 
 
 def main(
@@ -41,11 +48,21 @@ def main(
         config = load_recipe(recipe, overrides or ()).data
     else:
         config = DataConfig([Source(name) for name in source], **given)
-    prepared = prepare(config, load_tokenizer(config.tokenizer))
+    text_tokenizer = load_tokenizer(config.tokenizer)
+    started = time.perf_counter()
+    try:
+        prepared = prepare(config, text_tokenizer)
+    except KeyboardInterrupt:
+        typer.echo("interrupted: the same command goes on, and repeats half a minute of work at most", err=True)
+        sys.exit(INTERRUPTED)
+    seconds = time.perf_counter() - started
     for split in SPLITS:
         totals = prepared.totals(split)
         print(f"{split:<10} " + "  ".join(f"{count:>13,} {name}" for name, count in totals.items()))
     print(f"shards in {prepared.folder}")
+    if prepared.tokenized_bytes:
+        megabytes = prepared.tokenized_bytes / 1e6
+        print(f"tokenized {megabytes:,.1f} MB of text in {seconds:,.1f} s, {megabytes / seconds:,.1f} MB/s")
     if verify:
         prepared.verify()
         print("every shard is as it was written")

@@ -1,6 +1,8 @@
 """Pretrain a ReZero language model from a recipe, and leave a folder that can go to the Hub as it is.
 
 accelerate launch --quiet scripts/pretrain.py scripts/recipes/quickstart.yaml [training.seed=1 ...]
+
+A run that was interrupted goes on with the same command. --dry_run says what a run needs, and trains nothing.
 """
 
 import json
@@ -15,17 +17,24 @@ import torch
 import typer
 from transformers import set_seed
 
-from rezero_hf.checkpoints import export_folder, rescue
+from rezero_hf.checkpoints import fetch_checkpoint
 from rezero_hf.cli import run
 from rezero_hf.data import SPLITS, EvalBlocks, TrainBlocks, prepare
 from rezero_hf.errors import UserError
+from rezero_hf.export import export_folder, rescue
+from rezero_hf.launching import LaunchReport, check_launch
 from rezero_hf.models import ReZeroForCausalLM
+from rezero_hf.planning import describe, make_plan, rehearse
 from rezero_hf.recipe import load_recipe
-from rezero_hf.runs import cores, new_run_dir, now, provenance, read_metrics
+from rezero_hf.run_folder import claim_run_dir
+from rezero_hf.runs import cores, now, provenance, read_metrics
+from rezero_hf.together import everywhere, on_main
 from rezero_hf.tokenization import load_tokenizer, token_byte_lengths
 from rezero_hf.training import ReZeroTrainer, sequences_per_step, training_steps
 
 
+# 128 + SIGTERM, as if the signal had ended the process: a scheduler must not take the run for finished.
+PREEMPTED = 143
 NEXT = """
 The model is in {folder}, with its card and figures. Next:
   write text     {bin}/python -c "import rezero_hf; from transformers import pipeline; \
@@ -39,11 +48,23 @@ def main(
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, over the recipe")] = None,
     output: Annotated[Path | None, typer.Option(help="the run's folder (default runs/NAME)")] = None,
     smoke: Annotated[bool, typer.Option("--smoke", help="the recipe's version of a few CPU seconds")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="move an interrupted run aside and begin anew")] = False,
+    resume_from: Annotated[
+        str | None, typer.Option(help="in an empty run folder: checkpoint folder, or ORG/NAME[@REVISION] on the Hub")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry_run", help="say what the run needs; train nothing")] = False,
+    mfu: Annotated[float, typer.Option(help="with --dry_run: model FLOPs utilisation to expect")] = 0.4,
+    devices: Annotated[
+        int | None, typer.Option(help="with --dry_run: number of devices, instead of this launch's")
+    ] = None,
+    shards: Annotated[int, typer.Option(help="with --dry_run: devices that share the weights under FSDP")] = 1,
 ):
     started = time.perf_counter()
+    check_launch()
     plan = load_recipe(recipe, overrides or (), smoke)
     output = output or Path("runs") / plan.name
     args = plan.training_arguments(output / "checkpoints")
+    main_process = args.process_index == 0
     record = provenance(args.device)
     set_seed(args.seed)
 
@@ -52,10 +73,16 @@ def main(
     token_bytes = token_byte_lengths(tokenizer)
     config = plan.model_config(tokenizer)
     resolved = plan.resolved(config)
-    with args.main_process_first(desc="preparing data"):
-        prepared = prepare(plan.data, tokenizer)
-        if args.process_index == 0:
-            prepared.verify()
+    if dry_run:
+        prepared = None if args.max_steps > 0 else prepare(plan.data, tokenizer)
+        steps = args.max_steps if prepared is None else training_steps(args, prepared)
+        rehearse(plan, config)
+        if main_process:
+            print(describe(make_plan(config, args, plan.data.block_size, steps, devices, shards), mfu))
+        return
+    # Whoever comes second waits for the lock of the first, which no collective times out on.
+    prepared = prepare(plan.data, tokenizer, progress=main_process)
+    everywhere(lambda: prepared.verify(args.process_index, args.world_size), "every process has to read the same text")
     prepared.check_vocab(config.vocab_size)
     args.max_steps = training_steps(args, prepared)
     blocks_per_step = sequences_per_step(args)
@@ -68,9 +95,12 @@ def main(
     }
     model = ReZeroForCausalLM(config)
 
-    if args.process_index == 0:
-        run_dir = new_run_dir(output)
-        (output / "recipe.yaml").write_text(resolved, encoding="utf-8")
+    # Its lock is held for as long as this process lives.
+    claimed = []
+    aside, goes_on = on_main(lambda: claimed.append(claim_run_dir(output, resolved, restart)) or claimed[0][1:3])
+    if resume_from is not None and not goes_on:
+        on_main(lambda: fetch_checkpoint(resume_from, output / "checkpoints"))
+        goes_on = True
     try:
         trainer = ReZeroTrainer(
             model,
@@ -83,20 +113,24 @@ def main(
         )
     except (RuntimeError, ImportError) as error:
         raise UserError(f"{recipe}: training: {error}") from error
-    tokens_per_step = blocks_per_step * plan.data.block_size
-    if args.process_index == 0:
-        size = f"{model.num_parameters():,} parameters"
-        print(f"{plan.name}: {size}, {args.max_steps:,} steps of {tokens_per_step:,} tokens")
-        print(f"on {record['device']}, {args.world_size} process(es), {'bf16' if args.bf16 else 'fp32'}")
+    if main_process:
+        print(f"{plan.name}: on {record['device']}")
         if args.use_cpu and torch.get_num_threads() < cores() // args.world_size:
             print(f"using {torch.get_num_threads()} thread(s); more: accelerate launch --num_cpu_threads_per_process N")
-        if run_dir.aside:
-            print(f"an earlier run is kept in {os.path.relpath(run_dir.aside)}")
-    trained = trainer.train()
+        if aside:
+            print(f"an earlier run is kept in {os.path.relpath(aside)}")
+    trainer.add_callback(LaunchReport(trainer, describe(make_plan(config, args, plan.data.block_size, args.max_steps))))
+    trained = trainer.train(resume_from_checkpoint=goes_on)
+    if trainer.watch.preempted:
+        if main_process:
+            print(f"told to stop: saved at step {trained.global_step} of {args.max_steps}; the same command goes on")
+        sys.exit(PREEMPTED)
 
-    with rescue(model, tokenizer, output / "rescued-model"):
+    # Under FSDP all processes give up their shards for the export.
+    whole = trainer.accelerator.get_state_dict(trainer.model)
+    with rescue(model, tokenizer, output / "rescued-model", whole):
         results = {split: trainer.evaluate_text(blocks) for split, blocks in held_out.items()}
-        if args.process_index != 0:
+        if not main_process:
             return
         record |= {
             "name": plan.name,
@@ -105,22 +139,26 @@ def main(
             "smoke": smoke,
             "finished": now(),
             "wall_seconds": round(time.perf_counter() - started, 1),
-            "training_seconds": trained.metrics["train_runtime"],
+            "training_seconds": trainer.throughput.seconds(),
             "world_size": args.world_size,
             "seed": args.seed,
             "parameters": model.num_parameters(),
-            "tokens": args.max_steps * tokens_per_step,
+            "tokens": args.max_steps * blocks_per_step * plan.data.block_size,
             "data": prepared.record(),
             "results": results,
         }
-        (output / "run.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         metrics = read_metrics(output / "metrics.jsonl")
-        export_folder(model, tokenizer, output / "model", run=record, metrics=metrics, recipe_text=resolved)
+        export_folder(
+            model, tokenizer, output / "model", run=record, metrics=metrics, recipe_text=resolved, state_dict=whole
+        )
+        # The mark of a finished run, so it comes last.
+        (output / "run.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
     given = max(1, plan.data.block_size // 4)
-    prompt = eval_blocks[0]["input_ids"][None, :given].to(model.device)
+    prompt = eval_blocks[0]["input_ids"][None, :given]
     new = {"max_new_tokens": max(1, plan.data.block_size - given), "do_sample": True, "temperature": 0.8}
-    written = tokenizer.decode(model.eval().generate(prompt, **new, use_cache=True)[0], skip_special_tokens=True)
+    published = ReZeroForCausalLM.from_pretrained(output / "model")
+    written = tokenizer.decode(published.generate(prompt, **new)[0], skip_special_tokens=True)
     print(f"\n--- {given} held-out tokens, continued by the model ---\n{written}\n---\n")
     for split, measured in results.items():
         print(f"{split}: {measured['bits_per_byte']:.3f} bits per byte over {measured['bytes']:,} bytes")

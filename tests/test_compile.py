@@ -72,7 +72,7 @@ def test_decoding_with_a_static_cache_compiles_once(tiny_model, ids):
 
 def test_generate_compiles_its_step_once_and_writes_the_same_text(tiny_model, ids):
     """`cache_implementation="static"`, the way users ask for compiled decoding, in one graph; no second one for more tokens."""
-    model = tiny_model(initializer_range=0.2, embedding_multiplier=1)
+    model = tiny_model(initializer_range=0.2, embedding_std=0.2, embedding_multiplier=1)
     greedy = {"do_sample": False, "max_new_tokens": 8, "min_new_tokens": 8}
     expected = model.generate(ids, **greedy)
     graphs = []

@@ -30,16 +30,16 @@ ids = torch.randint(0, 256, (2, 24))
 def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
-def both(folder, **sizes):
-    sharded = ReZeroForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(**sizes))
-    return ReZeroForCausalLM.from_pretrained(folder), sharded
+def both(folder, dtype=torch.float32, **sizes):
+    sharded = ReZeroForCausalLM.from_pretrained(folder, dtype=dtype, distributed_config=DistributedConfig(**sizes))
+    return ReZeroForCausalLM.from_pretrained(folder, dtype=dtype), sharded
 """
 
 # Every alpha differs and none is 0 (conftest), so a gate in the wrong place would show.
 KINDS = {
     "rezero": {},
     "tied": {"tie_word_embeddings": True},
-    "grouped": {"num_key_value_heads": 2, "gated_mlp": True, "residual": "rezero_pre_norm"},
+    "grouped": {"num_key_value_heads": 2, "gated_mlp": True, "residual": "rezero_pre_norm", "qk_norm": True},
     "learned": {"position_embedding": "learned", "tie_word_embeddings": True, "gate_sharing": "sublayer"},
     "final norm": {"final_norm": True, "residual": "pre_norm"},
 }
@@ -145,6 +145,12 @@ def test_fully_sharded_training_equals_one_process(folders, tmp_path):
                     optimizer.zero_grad()
                     losses.append(loss.detach())
                 torch.testing.assert_close(losses[1], losses[0], atol=1e-5, rtol=1e-5)
+            # In bf16 every alpha stays fp32 in a shard of its own.
+            first, second = both(folder, torch.bfloat16, fsdp_size=2)
+            torch.testing.assert_close(second(ids, labels=ids).loss, first(ids, labels=ids).loss, atol=1e-2, rtol=1e-2)
+            second(ids, labels=ids).loss.backward()
+            gates = {p.dtype for n, p in second.named_parameters() if n.endswith("alpha") and p.grad is not None}
+            assert gates <= {torch.float32}, gates
             saved = out / Path(folder).name
             two.save_pretrained(saved)
             dist.barrier()

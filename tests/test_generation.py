@@ -11,7 +11,9 @@ STEPS = 10
 @pytest.fixture(scope="module")
 def model(tiny_model):
     """Large enough weights that greedy decoding does not fall into one token."""
-    return tiny_model(initializer_range=0.2, embedding_multiplier=1, pad_token_id=257, eos_token_id=256)
+    return tiny_model(
+        initializer_range=0.2, embedding_std=0.2, embedding_multiplier=1, pad_token_id=257, eos_token_id=256
+    )
 
 
 @pytest.fixture
@@ -32,7 +34,7 @@ def generate(model, ids, **settings):
 
 def test_assisted_and_prompt_lookup_decoding_change_no_token(tiny_model, model, ids, greedy):
     """Guesses from a smaller model, or from the prompt itself, are only accepted where greedy decoding agrees."""
-    draft = tiny_model(seed=1, num_hidden_layers=1, initializer_range=0.2, embedding_multiplier=1)
+    draft = tiny_model(seed=1, num_hidden_layers=1, initializer_range=0.2, embedding_std=0.2, embedding_multiplier=1)
     for way in ({"assistant_model": model}, {"assistant_model": draft}, {"prompt_lookup_num_tokens": 2}):
         for row, expected in zip(ids, greedy, strict=True):
             assert torch.equal(generate(model, row[None], **way)[0, ids.shape[1] :], expected), way

@@ -223,7 +223,11 @@ def test_an_unknown_preset_is_one_line():
         ReZeroConfig.preset("1b")
 
 
-@pytest.mark.parametrize("changes", [{}, {"final_norm": True}, {"gated_mlp": True}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"final_norm": True}, {"gated_mlp": True}, {"qk_norm": True}, {"residual": "rezero_pre_norm"}],
+    ids=lambda changes: "".join(changes) or "default",
+)
 def test_plans_name_only_modules_that_are_there(tiny_config, changes):
     """Every entry of the tensor-parallel, pipeline and FSDP plans is a module that holds parameters; none is saved."""
     config = tiny_config(**changes)

@@ -179,8 +179,8 @@ def test_a_tied_head_starts_with_small_logits(tiny_model, width):
 
 
 def test_initializer_range_is_gpt2s_start(tiny_model):
-    """A number draws every matrix and the embedding with that standard deviation, for baselines."""
-    model = tiny_model(hidden_size=128, initializer_range=0.02, embedding_multiplier=1, gate_init=0)
+    """A number draws every matrix with that standard deviation and leaves the embedding to its own words."""
+    model = tiny_model(hidden_size=128, initializer_range=0.02, embedding_std=0.02, embedding_multiplier=1, gate_init=0)
     assert std(model.model(torch.arange(256)[None]).last_hidden_state) == pytest.approx(0.02, rel=0.03)
     for name, p in model.named_parameters():
         if p.ndim == 2:
@@ -456,7 +456,7 @@ def test_a_bf16_model_keeps_its_gates_in_fp32(tiny_model, ids, tmp_path, residua
 @pytest.mark.parametrize("kind", ["rope", "learned", "grouped", "learned grouped"])
 def test_every_way_of_generating_agrees(tiny_model, tokenizer, ids, kind):
     """Greedy with a growing cache, a static one, none, and a plain loop over one unpadded row give the same tokens."""
-    model = tiny_model(initializer_range=0.2, embedding_multiplier=1, **KINDS[kind])
+    model = tiny_model(initializer_range=0.2, embedding_std=0.2, embedding_multiplier=1, **KINDS[kind])
     rows, mask, _ = padded_left(ids, tokenizer)
     settings = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
     ways = [{"use_cache": True}, {"use_cache": False}, {"cache_implementation": "static", "disable_compile": True}]

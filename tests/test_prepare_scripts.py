@@ -1,6 +1,8 @@
 """The commands that come before training: what they print, what they write, and one line for a mistake."""
 
+import re
 import runpy
+import signal
 import sys
 from pathlib import Path
 
@@ -27,15 +29,31 @@ def is_one_line(error):
 
 
 def test_data_from_a_source_or_a_recipe(tmp_path, text_file, script):
-    """Both print the same sizes and folder, and --verify says that all is well."""
+    """Both print the same sizes and folder, the one that does the work its speed, and --verify says all is well."""
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"data:\n  sources: [{text_file}]\n  cache_dir: {tmp_path / 'cache'}\n")
-    status, from_source, _ = script("prepare_data.py", "--source", text_file, "--cache-dir", tmp_path / "cache")
+    status, said, progress = script("prepare_data.py", "--source", text_file, "--cache-dir", tmp_path / "cache")
     assert status == 0
+    from_source, speed = said.split("tokenized ")
+    assert re.fullmatch(r"0\.0 MB of text in \d+\.\d s, \d+\.\d MB/s\n", speed)
+    assert progress.startswith(f"tokenizing text.txt into {tmp_path / 'cache'}")
     assert "train " in from_source
     assert f"shards in {tmp_path / 'cache'}" in from_source
     assert script("prepare_data.py", recipe, "data.block_size=32") == (0, from_source, "")
     assert script("prepare_data.py", recipe, "--verify")[:2] == (0, from_source + "every shard is as it was written\n")
+
+
+def test_data_interrupted(tmp_path, text_file, script, monkeypatch):
+    """Ctrl-C ends with one line and the shell's status for it, and the same command does the work."""
+    command = ("prepare_data.py", "--source", text_file, "--cache-dir", tmp_path / "cache")
+    with monkeypatch.context() as patch:
+        patch.setattr("rezero_hf.corpora.read_pieces", lambda *args: signal.raise_signal(signal.SIGINT))
+        status, said, error = script(*command)
+    assert (status, said) == (130, "")
+    assert error.splitlines()[1:] == [
+        "interrupted: the same command goes on, and repeats half a minute of work at most"
+    ]
+    assert script(*command)[0] == 0
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def test_a_recipe_runs_small_from_the_command_line(recipe, corpus, tmp_path):
         assert 0 < record["results"][split]["bits_per_byte"] < 20
         assert f"{split}: {record['results'][split]['bits_per_byte']:.3f} bits per byte" in done.stdout
     metrics = read_metrics(output / "metrics.jsonl")
-    assert {row["event"] for row in metrics} == {"train", "eval"}
+    assert {row["event"] for row in metrics} == {"train", "eval", "save"}
     for figure in ("loss", "gates"):
         assert (output / "model" / "figures" / f"{figure}.png").stat().st_size > 5000
     assert "continued by the model" in done.stdout

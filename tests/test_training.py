@@ -13,7 +13,7 @@ from torch import nn
 from rezero_hf import ReZeroConfig, ReZeroForCausalLM, ReZeroTrainer, ReZeroTrainingArguments
 from rezero_hf.data import DataConfig, EvalBlocks, TrainBlocks, prepare
 from rezero_hf.errors import UserError
-from rezero_hf.runs import new_run_dir, read_metrics
+from rezero_hf.runs import read_metrics
 from rezero_hf.sources import Source
 from rezero_hf.tokenization import byte_tokenizer, token_byte_lengths
 from rezero_hf.training import sequences_per_step, training_steps
@@ -32,11 +32,10 @@ def prepared(tmp_path_factory):
     return prepare(config, byte_tokenizer(), progress=False)
 
 
-def trainer_for(prepared, tmp_path, run_dir=None, gate_init=0.0, **arguments):
+def trainer_for(prepared, tmp_path, run_dir=None, gate_init=0.0, model=None, **arguments):
     torch.manual_seed(0)
-    config = ReZeroConfig(
-        vocab_size=320, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, gate_init=gate_init
-    )
+    sizes = {"vocab_size": 320, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = ReZeroConfig(**{**sizes, "gate_init": gate_init, **(model or {})})
     settings = {"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "disable_tqdm": True}
     args = ReZeroTrainingArguments(output_dir=str(tmp_path / "out"), **{**settings, "save_strategy": "no", **arguments})
     return ReZeroTrainer(
@@ -164,37 +163,6 @@ trainer.train()
     assert done.returncode == 0, done.stderr[-3000:]
     stored = b"".join(path.read_bytes() for path in (tmp_path / "trackio").rglob("*demo*") if path.is_file())
     assert b"bits_per_byte" in stored and b"grad_norm" in stored
-
-
-def test_an_earlier_run_is_moved_aside_not_overwritten(tmp_path):
-    """Each run gets an empty folder of its own; what an earlier one wrote stays as it was."""
-    run = tmp_path / "run"
-    for number, text in ((0, "first"), (1, "second"), (2, "third")):
-        claimed = new_run_dir(run)
-        assert claimed.aside == (tmp_path / f"run.{number}" if number else None)
-        assert not list(run.iterdir())
-        (run / "recipe.yaml").write_text(text)
-        claimed.lock.release()
-    assert [(tmp_path / f"run.{n}" / "recipe.yaml").read_text() for n in (1, 2)] == ["first", "second"]
-
-
-def test_a_folder_that_is_no_run_or_is_in_use_is_left_alone(tmp_path):
-    """Somebody's documents are not moved away, and two runs never write into one folder."""
-    (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis" / "thesis.txt").write_text("mine")
-    with pytest.raises(UserError, match="thesis is not empty and holds no run; choose another folder with --output"):
-        new_run_dir(tmp_path / "thesis")
-    assert (tmp_path / "thesis" / "thesis.txt").read_text() == "mine"
-    claimed = new_run_dir(tmp_path / "run")
-    code = f"from rezero_hf.runs import new_run_dir; new_run_dir({str(claimed.path)!r})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "another run is writing there" in done.stderr
-
-
-def test_a_run_folder_that_cannot_be_made_is_one_line(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"file/run: no run can be written there \((Not a directory|File exists)\)"):
-        new_run_dir(tmp_path / "file" / "run")
 
 
 @pytest.mark.parametrize(

@@ -62,9 +62,9 @@ class ReZeroConfig(PreTrainedConfig):
             this, and multiplied by it when it is looked up, as in the original Transformer. A tied head then starts
             with logits of order one (sqrt(d) on the input's own token) instead of d.
         initializer_range (`float`, default None): None draws matrices with Xavier's normal rule, which keeps
-            variance. A number draws every matrix, the stored embedding included, with that standard deviation: 0.02
-            together with `embedding_multiplier=1` is GPT-2's start, for baselines. ReZero starves on it (gradients of
-            alpha near 1e-5).
+            variance. A number draws every Linear's matrix with that standard deviation: 0.02 together with
+            `embedding_std=0.02` and `embedding_multiplier=1` is GPT-2's start, for baselines. ReZero starves on it
+            (gradients of alpha near 1e-5).
 
     Inside the branches:
         hidden_act (`str`, default `"gelu"`, the paper's): activation of the feed-forward net.
@@ -100,6 +100,9 @@ class ReZeroConfig(PreTrainedConfig):
         "layers.*.self_attn.k_proj": "colwise",
         "layers.*.self_attn.v_proj": "colwise",
         "layers.*.self_attn.o_proj": "rowwise",
+        # Whole on every process, but each only sees the gradient of its own heads.
+        "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
         "layers.*.mlp.gate_proj": "colwise",
         "layers.*.mlp.up_proj": "colwise",
         "layers.*.mlp.down_proj": "rowwise",
@@ -108,6 +111,13 @@ class ReZeroConfig(PreTrainedConfig):
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
         "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
         "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    # The module that owns alpha is sharded by itself, because alpha stays fp32; the norms in it do not.
+    base_model_fsdp_plan = {
+        **PreTrainedConfig.base_model_fsdp_plan,
+        "layers.*.residual_norm.norms.attn": "free_full_weight",
+        "layers.*.residual_norm.norms.mlp": "free_full_weight",
     }
 
     vocab_size: int = 320
@@ -161,6 +171,9 @@ class ReZeroConfig(PreTrainedConfig):
             self.embedding_multiplier = self.hidden_size**0.5
         # Plans name modules, and the library checks that each is there.
         missing = {"norm": not self.final_norm, "layers.*.mlp.gate_proj": not self.gated_mlp}
+        missing |= {f"layers.*.self_attn.{norm}": not self.qk_norm for norm in ("q_norm", "k_norm")}
+        gated_norms = self.residual == "rezero_pre_norm"
+        missing |= {f"layers.*.residual_norm.norms.{branch}": not gated_norms for branch in ("attn", "mlp")}
         for plan in ("base_model_tp_plan", "base_model_pp_plan", "base_model_fsdp_plan"):
             kept = {name: how for name, how in getattr(self, plan).items() if not missing.get(name, False)}
             setattr(self, plan, kept)

@@ -229,9 +229,8 @@ class ReZeroPreTrainedModel(PortablePreTrainedModel):
         | norms                 | 1 (as the library does, rotary buffers too)    | 0    |
         | residual forms        | alpha = gate_init                             |      |
 
-        `initializer_range`, when set, is the standard deviation of all Linears and of the token embedding instead.
-        Transformers never calls this for modules of custom code that own no parameter themselves, so roles are tags on
-        leaves.
+        `initializer_range`, when set, is the standard deviation of all Linears instead. Transformers never calls this
+        for modules of custom code that own no parameter themselves, so roles are tags on leaves.
         """
         std = self.config.initializer_range
         if isinstance(module, nn.Linear):
@@ -239,8 +238,7 @@ class ReZeroPreTrainedModel(PortablePreTrainedModel):
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
-            if std is None:
-                std = self.config.embedding_std / self.config.embedding_multiplier
+            std = self.config.embedding_std / self.config.embedding_multiplier
             init.normal_(module.weight, std=getattr(module, "init_std", std))
         elif isinstance(module, Residual):
             if module.has_gate:

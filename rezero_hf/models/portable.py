@@ -42,16 +42,26 @@ class PortablePreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
         """As in Transformers, plus source files and `auto_map`; the same arguments, the same errors."""
+        if is_main_process and not Path(save_directory).is_file():
+            self._save_sources(Path(save_directory))
+        return super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+
+    def save_architecture(self, save_directory) -> None:
+        """Everything that `save_pretrained` writes but the weights: for checkpoints that hold those in shards."""
+        self._save_sources(Path(save_directory))
+        self.config.save_pretrained(save_directory)
+        if self.can_generate():
+            self.generation_config.save_pretrained(save_directory)
+
+    def _save_sources(self, folder: Path) -> None:
         source = Path(sys.modules[self._defining_class().__module__].__file__)
         config_class = self.config_class
         self.config.auto_map = {"AutoConfig": f"{config_class.__module__.rpartition('.')[2]}.{config_class.__name__}"}
         self.config.auto_map |= {auto: f"{source.stem}.{name}" for auto, name in self.auto_classes.items()}
-        if is_main_process and not Path(save_directory).is_file():
-            Path(save_directory).mkdir(parents=True, exist_ok=True)
-            for file in [source, *map(Path, get_relative_import_files(source))]:
-                if file.parent.resolve() != Path(save_directory).resolve():
-                    shutil.copyfile(file, Path(save_directory) / file.name)
-        return super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in [source, *map(Path, get_relative_import_files(source))]:
+            if file.parent.resolve() != folder.resolve():
+                shutil.copyfile(file, folder / file.name)
 
     @classmethod
     def _defining_class(cls) -> type:

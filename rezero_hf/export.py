@@ -1,0 +1,226 @@
+"""The publishable folder: written whole or not at all, and checked before it takes its final name.
+
+`export_folder` adds to what `save_pretrained` writes everything a stranger needs: tokenizer, generation config,
+recipe, results, figures and a model card. `verification.verify_folder` is the check.
+"""
+
+import copy
+import json
+import logging
+import math
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .errors import UserError
+from .figures import gate_history, gate_map, loss_curve
+from .hub import render_card
+from .verification import CheckpointError, scrub, verify_folder
+
+
+logger = logging.getLogger(__name__)
+
+# What an export consists of. A folder that holds anything else is somebody's, and is not replaced.
+EXPORTED = (
+    "*.py",
+    "*.safetensors",
+    "model.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "recipe.yaml",
+    "run.json",
+    "metrics.jsonl",
+    "figures/*.png",
+    "README.md",
+)
+
+
+def export_folder(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    *,
+    run: dict[str, Any] | None = None,
+    metrics: list[dict] | None = None,
+    recipe_text: str | None = None,
+    repo_id: str | None = None,
+    state_dict: dict[str, Any] | None = None,
+) -> Path:
+    """Write a folder that goes to the Hub as it is, and loads anywhere.
+
+    Everything is written beside the final name and verified there; only then does it take that name. Whatever fails on
+    the way, an older export at `folder` stays as it was. Of that older one the user's section of the card is kept.
+    On several processes call it on the main one, with a model whose parameters are whole.
+
+    Args:
+        model: The model, in the precision to publish. It is left as it was found.
+        tokenizer: Its tokenizer, whose end-of-text and padding ids the folder's configurations take over.
+        folder: Where to. An earlier export there is replaced.
+        run: The run's record, written to `run.json` and the card without host and user names and absolute paths.
+        metrics: Rows of `metrics.jsonl`, written as they are and drawn.
+        recipe_text: The resolved recipe, written to `recipe.yaml` and the card.
+        repo_id: `user/name` on the Hub, for the card's usage snippets.
+        state_dict: The weights, where the model's own are shards. Default: the model's.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: What was written does not verify.
+        UserError: `folder` holds files that no export writes.
+        UserError: The card in `folder` has lost the markers around the user's section.
+    """
+    folder = Path(folder).absolute()
+    partial, previous = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "previous"))
+    _recover(folder, partial, previous)
+    _refuse_strange_files(folder)
+    card = folder / "README.md"
+    old_card = card.read_text(encoding="utf-8") if card.exists() else None
+    partial.mkdir(parents=True)
+    try:
+        _write_model(model, tokenizer, partial, state_dict)
+        run = scrub(run) if run else None
+        recipe_text = scrub(recipe_text, names=False) if recipe_text else None
+        if recipe_text:
+            (partial / "recipe.yaml").write_text(recipe_text, encoding="utf-8")
+        if run:
+            (partial / "run.json").write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+        if metrics:
+            rows = "".join(json.dumps(row) + "\n" for row in metrics)
+            (partial / "metrics.jsonl").write_text(rows, encoding="utf-8")
+        render_card(
+            run,
+            model.config,
+            metrics=metrics,
+            recipe_text=recipe_text,
+            figures=_write_figures(metrics or [], partial),
+            repo_id=repo_id,
+            previous=old_card,
+        ).save(partial / "README.md")
+        try:
+            verify_folder(partial)
+        except CheckpointError as error:
+            raise CheckpointError(folder, error.problems) from None
+        _swap(folder, partial, previous)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+@contextmanager
+def rescue(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    state_dict: dict[str, Any] | None = None,
+) -> Iterator[None]:
+    """Save the bare model to `folder` if the body fails: a trained model is not lost to a full disk or a broken figure.
+
+    Raises:
+        UserError: the body failed; says why and where the weights are.
+    """
+    try:
+        yield
+    except Exception as error:
+        model.save_pretrained(folder, state_dict=state_dict)
+        tokenizer.save_pretrained(folder)
+        raise UserError(
+            f"{error}\nThe model was trained, but not published; its weights are safe in {folder}."
+        ) from error
+
+
+def _write_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, state_dict: dict[str, Any] | None
+) -> None:
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    # What the tokenizer does not define stays as the model has it.
+    ids = {name: value for name, value in ids.items() if value is not None}
+    generation_config = copy.deepcopy(model.generation_config) if model.can_generate() else None
+    if generation_config is not None:
+        generation_config.update(**ids, use_cache=True)
+        # Else the ids would be read from the model's configuration again.
+        generation_config._from_model_config = False
+    # Trainer switches the cache off in the configuration of the model it trains.
+    with (
+        _temporarily(model.config, **ids, use_cache=True),
+        _temporarily(model, generation_config=generation_config),
+    ):
+        model.save_pretrained(folder, state_dict=state_dict)
+    tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _temporarily(target: Any, **values: Any) -> Iterator[None]:
+    before = {name: getattr(target, name, None) for name in values}
+    for name, value in values.items():
+        setattr(target, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(target, name, value)
+
+
+def _write_figures(metrics: list[dict], folder: Path) -> list[str]:
+    """Draw what the rows hold; returns the pictures' paths inside the folder."""
+    if metrics and find_spec("matplotlib") is None:
+        logger.warning("The folder gets no figures: matplotlib is not installed (pip install matplotlib).")
+        return []
+    figures = []
+    if any(math.isfinite(row.get("bits_per_byte") or math.nan) for row in metrics):
+        figures.append(loss_curve(metrics, folder / "figures" / "loss.png"))
+    if gate_history(metrics) is not None:
+        figures.append(gate_map(metrics, folder / "figures" / "gates.png"))
+    return [path.relative_to(folder).as_posix() for path in figures]
+
+
+def _recover(folder: Path, partial: Path, previous: Path) -> None:
+    """Clean up after an export that was killed: the older folder gets its name back if the newer never took it."""
+    if previous.exists():
+        if folder.exists():
+            shutil.rmtree(previous)
+        else:
+            previous.rename(folder)
+    if partial.exists():
+        shutil.rmtree(partial)
+
+
+def _refuse_strange_files(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; choose another folder to export to")
+    strange = [
+        name
+        for name in (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if not path.is_dir())
+        if not any(fnmatch(name, pattern) and name.count("/") == pattern.count("/") for pattern in EXPORTED)
+    ]
+    if strange:
+        raise UserError(
+            f"{folder} holds files that no export writes ({', '.join(strange[:4])}) and is not replaced; "
+            "move them away or choose another folder"
+        )
+
+
+def _swap(folder: Path, partial: Path, previous: Path) -> None:
+    """Give the finished folder its name. No system call does this to two directories, hence the way back."""
+    if not folder.exists():
+        partial.rename(folder)
+        return
+    folder.rename(previous)
+    try:
+        partial.rename(folder)
+    except BaseException:
+        previous.rename(folder)
+        raise
+    shutil.rmtree(previous)

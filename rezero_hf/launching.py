@@ -1,0 +1,95 @@
+"""What is really in effect when a run starts, read off the environment and the parameters, not off the request."""
+
+import os
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor, Replicate
+from torch.nn.parallel import DistributedDataParallel
+from transformers import TrainerCallback
+
+from .errors import UserError
+from .optim import gates
+
+
+def check_launch() -> None:
+    """Stop where `accelerate launch` was asked for several processes and has started one.
+
+    It does so for `--cpu --num_processes N` without MPI: it announces where they would meet, and starts a single one.
+
+    Raises:
+        UserError: says how to start them.
+    """
+    announced = {"MASTER_ADDR", "MASTER_PORT", "ACCELERATE_MIXED_PRECISION"} <= set(os.environ)
+    if announced and not {"RANK", "WORLD_SIZE"} & set(os.environ):
+        raise UserError(
+            "several processes were asked for, but accelerate has started one: with --cpu it only starts more through "
+            "MPI. Use accelerate launch --config_file scripts/accelerate/cpu.yaml --num_processes N (or --multi_gpu "
+            "instead of --cpu, with training.use_cpu=true). If one process is what you want, unset MASTER_ADDR and "
+            "MASTER_PORT."
+        )
+
+
+def sharding_of(model: nn.Module) -> str:
+    """How a wrapped model is spread over the processes: `none`, `ddp`, `fsdp2`, or `hsdp` (replicas of shards)."""
+    sharded = [parameter for parameter in model.parameters() if isinstance(parameter, DTensor)]
+    if sharded:
+        replicated = any(isinstance(placement, Replicate) for placement in sharded[0].placements)
+        return "hsdp" if replicated else "fsdp2"
+    return "ddp" if any(isinstance(module, DistributedDataParallel) for module in model.modules()) else "none"
+
+
+def is_sharded(sharding: str) -> bool:
+    """Whether parameters are spread over processes under that word of `sharding_of`."""
+    return sharding in ("fsdp2", "hsdp")
+
+
+class LaunchReport(TrainerCallback):
+    """Says at the start what is in effect, and stops if it is not what was asked for.
+
+    Args:
+        trainer: a `ReZeroTrainer`.
+        plan: lines to print on the main process: what `planning.describe` says of the run.
+    """
+
+    def __init__(self, trainer, plan: str):
+        self._trainer, self._plan = trainer, plan
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        sharding = sharding_of(self._trainer.model_wrapped)
+        self._check(args, sharding)
+        if state.is_world_process_zero:
+            print("\n".join([self._plan, *in_effect(self._trainer, sharding)]), flush=True)
+
+    def _check(self, args, sharding: str) -> None:
+        wanted = bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+        if wanted and not is_sharded(sharding):
+            raise UserError(
+                f"FSDP was asked for, but the parameters are whole tensors ({sharding}): accelerate shards on "
+                "accelerators only. On a CPU use scripts/accelerate/cpu.yaml; elsewhere set fsdp_version: 2, and leave "
+                "use_cpu out."
+            )
+        if args.world_size > 1 and sharding == "none":
+            raise UserError(f"{args.world_size} processes, but nothing joins their gradients; launch with accelerate.")
+
+
+def in_effect(trainer, sharding: str) -> list[str]:
+    """Lines about processes, sharding, precision, batch and data order, for a person to read."""
+    args: Any = trainer.args
+    precision = "bf16 autocast" if args.bf16 else "fp16 autocast" if args.fp16 else "fp32"
+    parameters = {str(parameter.dtype).removeprefix("torch.") for parameter in trainer.model.parameters()}
+    machines = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+    lines = [
+        f"  processes    {args.world_size} on {machines} machine(s), device {args.device.type}, sharding {sharding}",
+        f"  precision    {precision}, parameters {', '.join(sorted(parameters))}",
+        f"  batch        {trainer.sequences_per_step} sequences a step: {args.per_device_train_batch_size} per device, "
+        f"{args.world_size} process(es), {args.gradient_accumulation_steps} pass(es)",
+        f"  data order   a function of training.seed={args.seed} and the step; any number of processes sees the same",
+    ]
+    if any(alpha.dtype != torch.float32 for alpha in gates(trainer.model).values()):
+        lines.append(
+            "  warning      alphas are not fp32: updates smaller than 1/256 of a gate are rounded away and it stops "
+            "learning; train fp32 parameters with training.bf16=true"
+        )
+    return lines

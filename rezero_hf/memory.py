@@ -1,0 +1,202 @@
+"""Memory of one training step, found without taking it.
+
+It is not a formula but the step itself, run on tensors that have a shape and no data (torch's `FakeTensorMode`) while
+every storage that comes and goes is counted. So it follows the model, the optimisers and the installed libraries by
+itself, for every residual form, and takes seconds whatever the size.
+"""
+
+import weakref
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from accelerate.utils import convert_outputs_to_fp32
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from .arguments import ReZeroTrainingArguments
+from .models import ReZeroConfig, ReZeroForCausalLM, ReZeroForMaskedLM
+from .optim import make_optimizer
+
+
+# The library leaves out a mask that only says "causal", but not before it has read the positions, which have no data
+# here. For a name it does not know it makes no mask.
+AttentionInterface.register("sdpa_without_mask", sdpa_attention_forward)
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on one device. They do not add up to the peak: gradients appear while activations go.
+
+    Attributes:
+        weights, gradients, optimizer: the device's share under FSDP. `optimizer` is its state.
+        gathered: under FSDP, weights in whole, in the type of the computation: two layers (one computes, the next one
+            is fetched) and whatever is in no layer. Reckoned, not measured.
+        buckets: under DDP, the second copy of the gradients that is sent. Reckoned, not measured.
+        copies: 16-bit weights that autocast keeps until the backward pass; none under FSDP, which has its own.
+        activations: what all layers keep for the backward pass, with their output.
+        loss: logits and their copies at the most.
+        peak: the highest sum at any moment of a step.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    gathered: int
+    buckets: int
+    copies: int
+    activations: int
+    loss: int
+    peak: int
+
+
+def language_model(config: ReZeroConfig) -> nn.Module:
+    """A new model of that configuration with a head over the vocabulary: causal, or masked where it looks both ways."""
+    return ReZeroForCausalLM(config) if config.is_causal else ReZeroForMaskedLM(config)
+
+
+def compute_dtype(args: ReZeroTrainingArguments) -> torch.dtype:
+    """The type of the matrix products."""
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+
+
+def plan_memory(
+    config: ReZeroConfig,
+    args: ReZeroTrainingArguments,
+    block_size: int,
+    passes: int,
+    distributed: bool,
+    shards: int,
+    checkpointing: bool,
+) -> MemoryPlan:
+    """Take one optimiser step as Trainer does, on tensors without data, and count.
+
+    Args:
+        config: the model's configuration, with `use_cache` as while training.
+        args: precision, optimiser, sequences per device, how to checkpoint.
+        block_size: tokens of a sequence.
+        passes: forward and backward passes per step.
+        distributed: other devices hold the same weights.
+        shards: devices that share one copy under FSDP, else 1.
+        checkpointing: recompute activations, whatever `args` says.
+    """
+    dtype = compute_dtype(args)
+    with FakeTensorMode(), _LiveBytes() as count:
+        model = language_model(config).train()
+        model.set_attn_implementation("sdpa_without_mask")
+        if (positions := model.model.embed_positions) is not None:
+            # Without its check, which reads the positions as well.
+            positions.forward = partial(nn.Embedding.forward, positions)
+        if checkpointing:
+            how = dict(args.activation_checkpointing_kwargs or {})
+            settings = {name: how.pop(name) for name in ("every_n_layers", "offload") if name in how}
+            model.activation_checkpointing_enable(how or None, **settings)
+        optimizer = make_optimizer(model, args.optimizer, lr=args.learning_rate, weight_decay=args.weight_decay)
+        weights = list(model.parameters())
+        # The step that makes the optimiser's state.
+        for weight in weights:
+            weight.grad = torch.zeros_like(weight)
+        optimizer.step()
+        optimizer.zero_grad()
+        states = [leaf for leaf in tree_leaves(list(optimizer.state.values())) if isinstance(leaf, torch.Tensor)]
+        # FSDP gathers in the type of the computation, so autocast finds nothing to copy.
+        count.watch(weights, copies=shards == 1)
+        held = [sum(count.share(tensor, shards) for tensor in tensors) for tensors in (weights, states)]
+        seen = {}
+
+        def gradient_done(weight):
+            count.share(weight.grad, shards)
+
+        def backbone_done(module, inputs, output):
+            seen["copies"] = count.copies
+            seen["activations"] = count.live - seen["before"] - count.copies
+            seen["start"], earlier, count.peak = count.live, count.peak, count.live
+
+            def loss_done(gradient):
+                seen["loss"] = count.peak - seen["start"]
+                count.peak = max(count.peak, earlier)
+
+            output.last_hidden_state.register_hook(loss_done)
+
+        model.model.register_forward_hook(backbone_done)
+        for weight in weights:
+            weight.register_post_accumulate_grad_hook(gradient_done)
+        if dtype is not torch.float32:
+            # As Accelerator prepares a model, with one more copy of the logits.
+            model.forward = convert_outputs_to_fp32(torch.autocast("cpu", dtype)(model.forward))
+        tokens = torch.zeros(args.per_device_train_batch_size, block_size, dtype=torch.long)
+        items = torch.tensor(tokens.numel())
+        count.peak = count.live
+        for _ in range(passes):
+            seen["before"] = count.live
+            # As in Trainer, the logits are gone when the backward pass starts.
+            model(input_ids=tokens, labels=tokens, shift_labels=tokens, num_items_in_batch=items).loss.backward()
+        passed, count.peak = count.peak, count.live
+        nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        gradients = sum(count.share(weight.grad, shards) for weight in weights)
+        buckets = gradients if distributed and shards == 1 else 0
+        layer = sum(weight.numel() for weight in model.model.layers[0].parameters())
+        outside = sum(weight.numel() for weight in weights) - config.num_hidden_layers * layer
+        gathered = (min(2, config.num_hidden_layers) * layer + outside) * dtype.itemsize if shards > 1 else 0
+        return MemoryPlan(
+            weights=held[0],
+            gradients=gradients,
+            optimizer=held[1],
+            gathered=gathered,
+            buckets=buckets,
+            copies=seen["copies"],
+            activations=seen["activations"],
+            loss=seen["loss"],
+            peak=buckets + max(passed + gathered, count.peak),
+        )
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Sums the bytes of all storages alive.
+
+    Attributes:
+        live: the sum now.
+        peak: its highest value since somebody set it.
+        copies: the part of it that casts of watched weights take.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = self.copies = 0
+        self._sizes: dict[int, int] = {}
+        self._watched: set[int] = set()
+        self._count_copies = True
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        copy = func is torch.ops.aten._to_copy.default and args[0].untyped_storage()._cdata in self._watched
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata not in self._sizes:
+                storage = leaf.untyped_storage()
+                weakref.finalize(storage, self._resize, storage._cdata, None, copy)
+                self._resize(storage._cdata, storage.nbytes() if self._count_copies or not copy else 0, copy)
+        return result
+
+    def watch(self, weights: list[nn.Parameter], copies: bool) -> None:
+        """From now on tell apart what is cast from these, and count it or not."""
+        self._watched = {weight.untyped_storage()._cdata for weight in weights}
+        self._count_copies = copies
+
+    def share(self, tensor: torch.Tensor, shards: int) -> int:
+        """Count only one of `shards` parts of a tensor from now on; its bytes."""
+        storage = tensor.untyped_storage()
+        self._resize(storage._cdata, -(-storage.nbytes() // shards), False)
+        return self._sizes[storage._cdata]
+
+    def _resize(self, key: int, size: int | None, copy: bool) -> None:
+        change = (size or 0) - self._sizes.pop(key, 0)
+        if size is not None:
+            self._sizes[key] = size
+        self.live += change
+        self.copies += change if copy else 0
+        self.peak = max(self.peak, self.live)

@@ -1,0 +1,81 @@
+"""Whose folder it is: a run goes on in its own, starts in an empty one, and takes nobody else's."""
+
+import itertools
+from pathlib import Path
+from typing import NamedTuple
+
+from filelock import FileLock, Timeout
+
+from .checkpoints import checkpoints_in
+from .durable import write_whole
+from .errors import UserError
+from .recipe import changed_words
+
+
+class RunDir(NamedTuple):
+    """A folder claimed for one run.
+
+    Attributes:
+        path: the folder; empty, or that of the run to go on with.
+        aside: where an earlier run is now (`NAME.1`, `NAME.2`, ...); None when there was none.
+        goes_on: the folder holds this run, interrupted, with checkpoints.
+        lock: held as long as this object lives, so that no second run writes into the same folder.
+    """
+
+    path: Path
+    aside: Path | None
+    goes_on: bool
+    lock: FileLock
+
+
+def claim_run_dir(path: str | Path, recipe: str, restart: bool = False) -> RunDir:
+    """Claim a run's folder: that of the same run, interrupted, or an empty one.
+
+    A finished run, and one that was interrupted before its first checkpoint, is moved aside. Anything that is no run
+    is left alone.
+
+    Args:
+        path: where the run goes.
+        recipe: the resolved recipe; it is written to `recipe.yaml`.
+        restart: move an interrupted run aside too.
+
+    Raises:
+        UserError: another run is writing there; an interrupted run there has another recipe; the folder holds
+            something that is no run, or it cannot be made.
+    """
+    path, aside, goes_on = Path(path).absolute(), None, False
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+        if path.exists() and any(path.iterdir()):
+            if not (path / "recipe.yaml").is_file():
+                raise UserError(f"{path} is not empty and holds no run; choose another folder with --output.")
+            goes_on = not restart and _is_interrupted(path)
+            if goes_on:
+                _check_same_run(path, recipe)
+            else:
+                numbers = itertools.count(1)
+                aside = next(free for n in numbers if not (free := path.with_name(f"{path.name}.{n}")).exists())
+                path.rename(aside)
+        path.mkdir(exist_ok=True)
+        write_whole(path / "recipe.yaml", recipe)
+    except Timeout as error:
+        raise UserError(f"{path}: another run is writing there; wait, or choose another with --output.") from error
+    except OSError as error:
+        reason = error.strerror
+        raise UserError(f"{path}: no run can be written there ({reason}); choose another with --output.") from error
+    return RunDir(path, aside, goes_on, lock)
+
+
+def _is_interrupted(path: Path) -> bool:
+    return not (path / "run.json").is_file() and bool(checkpoints_in(path / "checkpoints"))
+
+
+def _check_same_run(path: Path, recipe: str) -> None:
+    binding, _ = changed_words((path / "recipe.yaml").read_text(encoding="utf-8"), recipe)
+    if binding:
+        raise UserError(
+            f"{path} holds an interrupted run of another recipe ({'; '.join(binding[:4])}): put that back to go on "
+            "with it, give --restart to move it aside, or choose another folder with --output."
+        )

@@ -1,0 +1,88 @@
+"""How fast a run really is: tokens per second, share of the hardware's peak, memory, time spent waiting for data."""
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers import TrainingArguments
+
+from .flops import flops_per_token, peak_flops
+
+
+class Throughput:
+    """Clock of a training run. Evaluating and saving stop it.
+
+    Args:
+        args: the training arguments; `peak_flops`, where they have it, overrides the table of devices.
+        model: the model that trains.
+    """
+
+    def __init__(self, args: TrainingArguments, model: nn.Module):
+        self._args, self._config = args, model.config
+        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+        self._peak = getattr(args, "peak_flops", None) or peak_flops(args.device, dtype)
+        self.start()
+
+    def start(self, seconds_before: float = 0.0) -> None:
+        """Start the clock, of a run that has already taken some seconds."""
+        self._run_start = time.perf_counter() - seconds_before
+        self._start_interval()
+
+    def seconds(self) -> float:
+        """Wall-clock seconds of the whole run so far, over all its launches."""
+        return round(time.perf_counter() - self._run_start, 3)
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """What happens inside does not count as training."""
+        started = time.perf_counter()
+        yield
+        self._interval_start += time.perf_counter() - started
+
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """What happens inside is waiting for the next batches."""
+        started = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - started
+
+    def interval(self, tokens: int, sequence_length: int) -> dict[str, float]:
+        """What to log of the time since the last call.
+
+        Args:
+            tokens: trained on since then, over all processes.
+            sequence_length: tokens per sequence, which set the share of attention.
+
+        Returns:
+            `tokens_per_second` of all devices together and per device; `mfu`, model FLOPs (`planning.flops_per_token`)
+            over the device's dense peak in this precision, where that is known; `peak_memory_bytes` on this device
+            since the last call (of this process since it began, on a CPU); `data_wait_fraction` of this process;
+            `wall_seconds` of the run.
+        """
+        seconds = time.perf_counter() - self._interval_start
+        rate = tokens / seconds
+        found = {"tokens_per_second": rate, "tokens_per_second_per_device": rate / self._args.world_size}
+        if self._peak:
+            flops = flops_per_token(self._config, sequence_length)
+            found["mfu"] = found["tokens_per_second_per_device"] * flops / self._peak
+        found["peak_memory_bytes"] = self._peak_memory()
+        found["data_wait_fraction"] = self._waited / seconds
+        found["wall_seconds"] = self.seconds()
+        self._start_interval()
+        return found
+
+    def _start_interval(self) -> None:
+        self._interval_start = time.perf_counter()
+        self._waited = 0.0
+
+    def _peak_memory(self) -> int:
+        if self._args.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self._args.device)
+            torch.cuda.reset_peak_memory_stats(self._args.device)
+            return peak
+        # Kilobytes everywhere but on a Mac.
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,169 @@
+"""A look at every step before it counts: is it finite, does the loss leap, has this process been told to stop?"""
+
+import math
+import signal
+from collections import deque
+from statistics import fmean, pstdev
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import nn
+from transformers import TrainerCallback
+
+from .callbacks import gate_values
+from .errors import UserError
+
+
+# A loss this many standard deviations above the last steps' is recorded as a spike, once there are steps to judge by.
+SPIKE_DEVIATIONS = 6.0
+SPIKE_WINDOW = 64
+
+
+class StepWatch(TrainerCallback):
+    """Judges each step between backward pass and update, on all processes alike.
+
+    SIGTERM (pre-emption) only sets a flag; the step in which any process has it is finished, saved and the last.
+    A loss or gradient that is not finite never reaches the parameters: `stop` ends the run, `skip` leaves the step out
+    and goes on, at most `max_skipped_steps` times. A loss far above the recent ones is recorded and nothing else.
+
+    Reading the loss waits for the device once a step, and processes exchange two numbers; both are lost in a step of
+    more than a few milliseconds.
+
+    Args:
+        trainer: a `ReZeroTrainer`, which keeps the step's batches, losses and gradient norm, and the run's log.
+
+    Attributes:
+        preempted: whether the run was told to stop and has saved.
+        skipped: steps left out so far.
+    """
+
+    def __init__(self, trainer):
+        self._trainer = trainer
+        self._recent: deque[float] = deque(maxlen=SPIKE_WINDOW)
+        self._told_to_stop = False
+        self._previous_handler = None
+        self.preempted = False
+        self.skipped = 0
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs, as JSON."""
+        return {"recent_losses": list(self._recent), "skipped": self.skipped}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        self._recent = deque(state["recent_losses"], maxlen=SPIKE_WINDOW)
+        self.skipped = state["skipped"]
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        def note(signum, frame):
+            self._told_to_stop = True
+
+        self._previous_handler = signal.signal(signal.SIGTERM, note)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        signal.signal(signal.SIGTERM, self._previous_handler)
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        told, loss, norm = self._agree(args)
+        self.preempted = told > 0
+        # Under fp16 an infinite gradient is how the loss scaler finds its scale; it skips the step itself.
+        if not math.isfinite(loss) or not (math.isfinite(norm) or args.fp16):
+            self._not_finite(args, state, loss, norm)
+            return
+        window, blocks = list(self._recent), self._blocks(state.global_step)
+        if len(window) >= SPIKE_WINDOW // 2 and loss > fmean(window) + SPIKE_DEVIATIONS * max(pstdev(window), 1e-3):
+            usual = fmean(window)
+            row = {"event": "spike", "step": state.global_step + 1, "loss": loss, "usual": usual, "blocks": blocks}
+            self._trainer.record(state, row)
+        self._recent.append(loss)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.preempted:
+            control.should_save = control.should_training_stop = True
+        return control
+
+    def _agree(self, args) -> tuple[float, float, float]:
+        """How many processes were told to stop, the step's loss over all of them, and its gradient norm."""
+        trainer = self._trainer
+        mine = torch.stack([torch.tensor(float(self._told_to_stop), device=args.device), sum(trainer.step_losses)])
+        told, loss = trainer.accelerator.reduce(mine.float(), "mean").tolist()
+        return told, loss, float(trainer.step_grad_norm)
+
+    def _blocks(self, step: int) -> list[int]:
+        """First and last number of the blocks that a step trains on."""
+        each = self._trainer.sequences_per_step
+        return [step * each, (step + 1) * each - 1]
+
+    def _not_finite(self, args, state, loss: float, norm: float) -> None:
+        trainer, step = self._trainer, state.global_step + 1
+        found = {
+            "event": "nonfinite",
+            "step": step,
+            "loss": str(loss),
+            "grad_norm": str(norm),
+            "blocks": self._guilty_blocks(args, step - 1),
+            "largest_activation": largest_activations(trainer.model, trainer.step_batches),
+            "alpha": gate_values(trainer.model),
+        }
+        # Without gradients the optimiser leaves every parameter and every moment as it was.
+        trainer.optimizer.zero_grad(set_to_none=True)
+        trainer.record(state, found)
+        if args.nonfinite == "skip" and self.skipped < args.max_skipped_steps:
+            self.skipped += 1
+            trainer.forget_step()
+            return
+        layers = "; ".join(
+            f"{name}: {largest:.3g}, alpha {found['alpha'].get(f'{name}.residual_norm.alpha', '-')}"
+            for name, largest in found["largest_activation"].items()
+        )
+        many = f" after {self.skipped} skipped steps" if self.skipped else ""
+        raise UserError(
+            f"step {step}{many}: the loss is {loss} and the gradient norm {norm}, on blocks {found['blocks']} of the "
+            f"run; the step was not applied. Largest activation and alpha by layer: {layers}. Lower "
+            "training.learning_rate or training.gate_lr_multiplier, clip with training.max_grad_norm, or leave such "
+            "steps out with training.nonfinite=skip; the same command goes on from the last checkpoint."
+        )
+
+    def _guilty_blocks(self, args, step: int) -> list[int]:
+        """Numbers of the blocks in the batches whose own loss is not finite; of the whole step if none's is."""
+        first, last = self._blocks(step)
+        size, found = args.per_device_train_batch_size, []
+        for number, loss in enumerate(self._trainer.step_losses):
+            if not torch.isfinite(loss):
+                start = first + (number * args.world_size + args.process_index) * size
+                found += range(start, start + size)
+        if args.world_size > 1:
+            found = gather_object(found)
+        return sorted(found) or list(range(first, last + 1))
+
+
+@torch.no_grad()
+def largest_activations(model: nn.Module, batches: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+    """The largest absolute value that leaves each layer, over these batches run again; NaN counts as infinite.
+
+    Args:
+        model: a model whose layers are called `...layers.N`. Under FSDP all processes call this together.
+        batches: what the model takes.
+
+    Returns:
+        Layer name -> value.
+    """
+    largest: dict[str, float] = {}
+
+    def look(name):
+        def hook(module, inputs, output):
+            peak = output.detach().abs().float().nan_to_num(nan=math.inf).max().item()
+            largest[name] = max(largest.get(name, 0.0), peak)
+
+        return hook
+
+    layers = [(name, module) for name, module in model.named_modules() if name.rpartition(".")[0].endswith("layers")]
+    hooks = [module.register_forward_hook(look(name)) for name, module in layers]
+    try:
+        for batch in batches:
+            model(**batch)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return largest

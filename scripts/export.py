@@ -1,0 +1,50 @@
+"""Make a publishable folder from a training checkpoint, whole or in FSDP shards.
+
+python scripts/export.py runs/quickstart/checkpoints/checkpoint-1200 exported
+"""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated
+
+import typer
+from accelerate.utils import merge_fsdp_weights
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from rezero_hf.checkpoints import verify_checkpoint
+from rezero_hf.cli import run
+from rezero_hf.export import export_folder
+from rezero_hf.models import ReZeroConfig, ReZeroForCausalLM
+from rezero_hf.runs import read_metrics
+
+
+def main(
+    checkpoint: Annotated[Path, typer.Argument(help="a folder checkpoint-N of a run")],
+    output: Annotated[Path, typer.Argument(help="where to; an earlier export there is replaced")],
+):
+    verify_checkpoint(checkpoint)
+    shards = checkpoint / "pytorch_model_fsdp_0"
+    if shards.is_dir():
+        with TemporaryDirectory() as folder:
+            merge_fsdp_weights(str(shards), folder)
+            weights = load_file(Path(folder) / "model.safetensors")
+        model = ReZeroForCausalLM(ReZeroConfig.from_pretrained(checkpoint))
+        if model.config.tie_word_embeddings:
+            weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
+        model.load_state_dict(weights)
+    else:
+        model = ReZeroForCausalLM.from_pretrained(checkpoint)
+    recipe = checkpoint.absolute().parents[1] / "recipe.yaml"
+    export_folder(
+        model,
+        AutoTokenizer.from_pretrained(checkpoint),
+        output,
+        metrics=read_metrics(checkpoint / "metrics.jsonl") if (checkpoint / "metrics.jsonl").exists() else None,
+        recipe_text=recipe.read_text(encoding="utf-8") if recipe.exists() else None,
+    )
+    print(f"{output}: {model.num_parameters():,} parameters, verified; it loads anywhere as it is")
+
+
+if __name__ == "__main__":
+    run(main)
