@@ -1,6 +1,10 @@
 """What is really in effect when a run starts, read off the environment and the parameters, not off the request."""
 
+import ctypes
+import math
 import os
+import signal
+import sys
 from typing import Any
 
 import torch
@@ -11,15 +15,22 @@ from transformers import TrainerCallback
 
 from .errors import UserError
 from .optim import gates
+from .planning import describe, make_plan
+
+
+# Of Linux' prctl: the signal to get when the parent process ends.
+PR_SET_PDEATHSIG = 1
 
 
 def check_launch() -> None:
-    """Stop where `accelerate launch` was asked for several processes and has started one.
+    """Make up for two things that `accelerate launch` does with a single process.
 
-    It does so for `--cpu --num_processes N` without MPI: it announces where they would meet, and starts a single one.
+    For `--cpu --num_processes N` without MPI it announces where the processes would meet, and starts one. And it keeps
+    a signal to itself: it dies of SIGTERM and leaves the process it started to train on, which nobody expects. So that
+    one asks Linux to be told when its launcher is gone.
 
     Raises:
-        UserError: says how to start them.
+        UserError: several processes were asked for; says how to start them.
     """
     announced = {"MASTER_ADDR", "MASTER_PORT", "ACCELERATE_MIXED_PRECISION"} <= set(os.environ)
     if announced and not {"RANK", "WORLD_SIZE"} & set(os.environ):
@@ -29,6 +40,8 @@ def check_launch() -> None:
             "instead of --cpu, with training.use_cpu=true). If one process is what you want, unset MASTER_ADDR and "
             "MASTER_PORT."
         )
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and "RANK" not in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def sharding_of(model: nn.Module) -> str:
@@ -45,22 +58,34 @@ def is_sharded(sharding: str) -> bool:
     return sharding in ("fsdp2", "hsdp")
 
 
+def shards_of(model: nn.Module) -> int:
+    """How many processes share one copy of a wrapped model's parameters; 1 if they are whole."""
+    parameter = next((parameter for parameter in model.parameters() if isinstance(parameter, DTensor)), None)
+    if parameter is None:
+        return 1
+    sizes = zip(parameter.device_mesh.shape, parameter.placements, strict=True)
+    return math.prod(size for size, placement in sizes if not isinstance(placement, Replicate))
+
+
 class LaunchReport(TrainerCallback):
     """Says at the start what is in effect, and stops if it is not what was asked for.
 
     Args:
         trainer: a `ReZeroTrainer`.
-        plan: lines to print on the main process: what `planning.describe` says of the run.
+        block_size: tokens of a sequence.
     """
 
-    def __init__(self, trainer, plan: str):
-        self._trainer, self._plan = trainer, plan
+    def __init__(self, trainer, block_size: int):
+        self._trainer, self._block_size = trainer, block_size
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        sharding = sharding_of(self._trainer.model_wrapped)
+    def on_train_begin(self, args, state, control, **kwargs):
+        model = self._trainer.model_wrapped
+        sharding = sharding_of(model)
         self._check(args, sharding)
         if state.is_world_process_zero:
-            print("\n".join([self._plan, *in_effect(self._trainer, sharding)]), flush=True)
+            config = self._trainer.model.config
+            plan = make_plan(config, args, self._block_size, state.max_steps, shards=shards_of(model))
+            print("\n".join([describe(plan), *in_effect(self._trainer, sharding)]), flush=True)
 
     def _check(self, args, sharding: str) -> None:
         wanted = bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"

@@ -60,6 +60,9 @@ def everywhere(act: Callable[[], None], way_out: str) -> None:
 def _one_line(error: Exception) -> str:
     if isinstance(error, UserError):
         return str(error)
+    if "inline_container" in str(error):
+        # All that torch says of a disk that is full is where in its own source it noticed.
+        return "torch could not write a file, as on a full disk"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return " ".join(str(error).split()) or type(error).__name__

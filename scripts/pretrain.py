@@ -58,6 +58,7 @@ def main(
         int | None, typer.Option(help="with --dry_run: number of devices, instead of this launch's")
     ] = None,
     shards: Annotated[int, typer.Option(help="with --dry_run: devices that share the weights under FSDP")] = 1,
+    device: Annotated[str | None, typer.Option(help="with --dry_run: cpu or cuda, instead of what is here")] = None,
 ):
     started = time.perf_counter()
     check_launch()
@@ -74,11 +75,13 @@ def main(
     config = plan.model_config(tokenizer)
     resolved = plan.resolved(config)
     if dry_run:
-        prepared = None if args.max_steps > 0 else prepare(plan.data, tokenizer)
-        steps = args.max_steps if prepared is None else training_steps(args, prepared)
-        rehearse(plan, config)
         if main_process:
-            print(describe(make_plan(config, args, plan.data.block_size, steps, devices, shards), mfu))
+            steps = args.max_steps
+            if steps < 1:
+                steps = training_steps(args, prepare(plan.data, tokenizer))
+            rehearse(plan, config)
+            print(describe(make_plan(config, args, plan.data.block_size, steps, devices, shards, device), mfu))
+            print("a rehearsal of one step with these words went well")
         return
     # Whoever comes second waits for the lock of the first, which no collective times out on.
     prepared = prepare(plan.data, tokenizer, progress=main_process)
@@ -119,7 +122,7 @@ def main(
             print(f"using {torch.get_num_threads()} thread(s); more: accelerate launch --num_cpu_threads_per_process N")
         if aside:
             print(f"an earlier run is kept in {os.path.relpath(aside)}")
-    trainer.add_callback(LaunchReport(trainer, describe(make_plan(config, args, plan.data.block_size, args.max_steps))))
+    trainer.add_callback(LaunchReport(trainer, plan.data.block_size))
     trained = trainer.train(resume_from_checkpoint=goes_on)
     if trainer.watch.preempted:
         if main_process:

@@ -124,7 +124,7 @@ def test_sharded_weights_verify(tmp_path, tokenizer, monkeypatch):
     """Weights in several files count as one set; losing one of the files is noticed."""
     model = tiny()
     save = model.save_pretrained
-    monkeypatch.setattr(model, "save_pretrained", lambda folder: save(folder, max_shard_size="10KB"))
+    monkeypatch.setattr(model, "save_pretrained", lambda folder, **kwargs: save(folder, max_shard_size="10KB"))
     folder = export_folder(model, tokenizer, tmp_path / "model")
     shards = sorted(folder.glob("*.safetensors"))
     assert len(shards) > 1

@@ -111,13 +111,16 @@ def test_outputs_of_generation_hold_scores_hidden_states_and_attentions(model, i
 
 
 def test_continuous_batching_gives_each_prompt_its_own_greedy_tokens(model, ids, greedy):
-    """Prompts of different lengths in one paged batch."""
-    from transformers import GenerationConfig
+    """Prompts in one paged batch, from a pool of a few pages: by default it takes most of the machine's memory."""
+    from transformers import ContinuousBatchingConfig, GenerationConfig
 
     settings = GenerationConfig(
         max_new_tokens=STEPS, do_sample=False, eos_token_id=-1, pad_token_id=257, use_cache=False
     )
     prompts = [ids[0].tolist(), ids[1].tolist()]
-    outputs = model.generate_batch(prompts, generation_config=settings, progress_bar=False)
+    pages = ContinuousBatchingConfig(page_size=32, num_blocks=8, max_batch_tokens=64)
+    outputs = model.generate_batch(
+        prompts, generation_config=settings, continuous_batching_config=pages, progress_bar=False
+    )
     tokens = sorted(output.generated_tokens[:STEPS] for output in outputs.values())
     assert tokens == sorted(greedy.tolist())

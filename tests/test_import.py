@@ -19,6 +19,8 @@ OWN_HEAVY = (
     "arguments",
     "data",
     "checkpoints",
+    "export",
+    "planning",
     "hub",
     "figures",
     "recipe",
