@@ -1,6 +1,7 @@
 """Training arguments: Transformers' own, and the few words they lack."""
 
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -36,7 +37,7 @@ class ReZeroTrainingArguments(TrainingArguments):
             which blocks and layers were at it; `skip` leaves the step out. Neither lets it reach the parameters.
         max_skipped_steps: with `skip`, how many steps of a run may be left out before it stops after all, default 10.
         peak_flops: the device's peak in FLOP/s at the run's precision, for the model FLOPs utilisation; None (default)
-            looks it up by the device's name (`planning.peak_flops`), which knows no CPU.
+            looks it up by the device's name (`flops.peak_flops`), which knows no CPU.
 
     Changed defaults:
         train_sampling_strategy: `sequential`, because `TrainBlocks` is already in a shuffled order that is a function
@@ -49,7 +50,8 @@ class ReZeroTrainingArguments(TrainingArguments):
 
     Raises:
         UserError: a value is out of range, `global_batch_size` is not a multiple of what one pass over all processes
-            takes, or the optimiser's package is not installed.
+            takes, the optimiser's package is not installed, one process sees several GPUs, or accelerate was told
+            another precision.
     """
 
     global_batch_size: int | None = field(default=None)
@@ -72,6 +74,7 @@ class ReZeroTrainingArguments(TrainingArguments):
         # The library refuses bf16 without an accelerator unless told that the CPU is meant; recipes run on both.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
+        self._check_devices()
         available = get_available_reporting_integrations()
         for tracker in self.report_to:
             if tracker not in available:
@@ -87,6 +90,20 @@ class ReZeroTrainingArguments(TrainingArguments):
                 "change one of them."
             )
         self.gradient_accumulation_steps = self.global_batch_size // one_pass
+
+    def _check_devices(self):
+        """What would make a run another one than the recipe says, without a word."""
+        if self.n_gpu > 1:
+            raise UserError(
+                f"{self.n_gpu} GPUs in one process would split every batch between them; use accelerate launch "
+                "--config_file scripts/accelerate/ddp.yaml, or one of them: CUDA_VISIBLE_DEVICES=0."
+            )
+        launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if launched != "no" and not (self.bf16 or self.fp16):
+            raise UserError(
+                f"accelerate was told mixed_precision={launched}, the recipe says neither bf16 nor fp16; set "
+                f"training.{launched}=true, or mixed_precision: 'no' in accelerate's file."
+            )
 
     def _check_values(self):
         """What the library would only stumble over later, with a traceback."""
@@ -107,3 +124,8 @@ class ReZeroTrainingArguments(TrainingArguments):
         if self.max_skipped_steps < 0:
             raise UserError(f"max_skipped_steps={self.max_skipped_steps}: must be 0 or more.")
         check_optimizer(self.optimizer)
+
+
+def sequences_per_step(args: TrainingArguments) -> int:
+    """Sequences that one optimiser step sees over all processes."""
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size

@@ -144,7 +144,8 @@ def fetch_checkpoint(source: str, into: Path) -> Path:
 
     Args:
         source: a checkpoint's folder; or `ORG/NAME` or `ORG/NAME@REVISION` of a Hub repository that holds folders
-            `checkpoint-N`, of which the newest complete one is taken. Nothing of it is run, and no pickle is opened.
+            `checkpoint-N`, of which the newest complete one is taken. Nothing of it is run; one in shards, which torch
+            describes in a pickle, is refused.
         into: the run's folder of checkpoints.
 
     Returns:
@@ -163,26 +164,32 @@ def fetch_checkpoint(source: str, into: Path) -> Path:
             why = str(error).strip().splitlines()[0]
             raise UserError(f"{source} is neither a folder nor a Hub repository that can be read ({why})") from error
         found, skipped = newest_complete(snapshot)
+        if found is not None and any(found.rglob(".metadata")):
+            raise UserError(
+                f"{source}: {found.name} is in shards, whose description torch reads as a pickle, and that runs code: "
+                "export it where it was made, or download it yourself, if you trust it, and name the folder."
+            )
     if found is None or _NAME.fullmatch(found.name) is None:
         there = "; ".join(skipped) or "a checkpoint's folder is called checkpoint-N"
         raise UserError(f"{source} holds no complete checkpoint ({there})")
-    verify_checkpoint(found)
+    record = verify_checkpoint(found)
     target = into / found.name
-    into.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(found, partial_of(target))
-    partial_of(target).rename(target)
-    sync(into)
+    partial = begin_checkpoint(target)
+    shutil.copytree(found, partial, dirs_exist_ok=True)
+    (partial / MANIFEST).unlink()
+    finish_checkpoint(target, record)
     return target
 
 
-def rotate(folder: Path, limit: int | None, best: str | None = None) -> None:
-    """Delete the oldest finished checkpoints beyond `limit`; never the newest one, nor `best`.
+def rotate(folder: Path, step: int, limit: int | None, best: str | None = None) -> None:
+    """Delete the oldest finished checkpoints beyond `limit`; never that of `step`, just written, nor `best`.
 
-    A folder without `complete.json` neither counts nor is deleted: it is for a person to look at.
+    A folder without `complete.json` and one of a later step, which the run has passed over as damaged, neither count
+    nor are deleted: they are for a person to look at.
     """
     if not limit or limit < 1:
         return
-    finished = [path for path in checkpoints_in(folder) if (path / MANIFEST).is_file()]
+    finished = [path for path in checkpoints_in(folder) if (path / MANIFEST).is_file() and step_of(path) <= step]
     kept = [path for path in finished if best is not None and path.name == Path(best).name]
     for checkpoint in finished:
         if checkpoint not in kept and (len(kept) < limit or checkpoint == finished[0]):

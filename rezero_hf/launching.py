@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
+from .arguments import sequences_per_step
 from .errors import UserError
 from .optim import gates
 from .planning import describe, make_plan
@@ -83,9 +84,15 @@ class LaunchReport(TrainerCallback):
         sharding = sharding_of(model)
         self._check(args, sharding)
         if state.is_world_process_zero:
-            config = self._trainer.model.config
-            plan = make_plan(config, args, self._block_size, state.max_steps, shards=shards_of(model))
-            print("\n".join([describe(plan), *in_effect(self._trainer, sharding)]), flush=True)
+            print("\n".join([self._forecast(args, state), *in_effect(self._trainer, sharding)]), flush=True)
+
+    def _forecast(self, args, state) -> str:
+        config, shards = self._trainer.model.config, shards_of(self._trainer.model_wrapped)
+        try:
+            return describe(make_plan(config, args, self._block_size, state.max_steps, shards=shards))
+        except Exception as error:
+            # A run is not stopped for want of a forecast.
+            return f"no plan: {type(error).__name__}: {' '.join(str(error).split())}"
 
     def _check(self, args, sharding: str) -> None:
         wanted = bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
@@ -102,13 +109,14 @@ class LaunchReport(TrainerCallback):
 def in_effect(trainer, sharding: str) -> list[str]:
     """Lines about processes, sharding, precision, batch and data order, for a person to read."""
     args: Any = trainer.args
-    precision = "bf16 autocast" if args.bf16 else "fp16 autocast" if args.fp16 else "fp32"
+    autocast = trainer.accelerator.mixed_precision
+    precision = "fp32" if autocast == "no" else f"{autocast} autocast"
     parameters = {str(parameter.dtype).removeprefix("torch.") for parameter in trainer.model.parameters()}
     machines = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
     lines = [
         f"  processes    {args.world_size} on {machines} machine(s), device {args.device.type}, sharding {sharding}",
         f"  precision    {precision}, parameters {', '.join(sorted(parameters))}",
-        f"  batch        {trainer.sequences_per_step} sequences a step: {args.per_device_train_batch_size} per device, "
+        f"  batch        {sequences_per_step(args)} sequences a step: {args.per_device_train_batch_size} per device, "
         f"{args.world_size} process(es), {args.gradient_accumulation_steps} pass(es)",
         f"  data order   a function of training.seed={args.seed} and the step; any number of processes sees the same",
     ]

@@ -8,7 +8,6 @@ bounded: each core tokenizes at most one batch or piece at a time, about a megab
 import hashlib
 import itertools
 import json
-import os
 import shutil
 import sys
 import time
@@ -25,6 +24,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .durable import sync, write_whole
+from .runs import cores
 from .shards import INDEX_NAME, ShardWriter
 from .sources import SPLITS, Corpus, Piece
 from .tokenization import is_byte_tokenizer
@@ -250,13 +250,12 @@ class _Encoder:
         takes longest. So as many calls as there are cores run at once. Only whole pieces are handed out, so which ids
         come out depends neither on batches nor on threads.
         """
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         running: deque[Future] = deque()
-        with ThreadPoolExecutor(cores) as pool:
+        with ThreadPoolExecutor(cores()) as pool:
             for batch in _batches(pieces):
                 running.append(pool.submit(self._encode_batch, batch))
                 # Two for each core, so that none waits while the oldest is written.
-                if len(running) >= 2 * cores:
+                if len(running) >= 2 * cores():
                     yield from running.popleft().result()
             while running:
                 yield from running.popleft().result()

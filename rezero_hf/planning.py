@@ -10,10 +10,6 @@ from .errors import UserError
 from .flops import flops_per_token, peak_flops
 from .memory import MemoryPlan, compute_dtype, language_model, plan_memory
 from .models import ReZeroConfig
-from .rehearsal import rehearse
-
-
-__all__ = ["MemoryPlan", "RunPlan", "describe", "flops_per_token", "make_plan", "peak_flops", "rehearse"]
 
 
 @dataclass(frozen=True)
@@ -113,7 +109,7 @@ def make_plan(
         plan_memory(planned, args, block_size, passes, world_size > 1, shards, checkpointing)
         for checkpointing in (False, True)
     )
-    on_gpu = args.device.type == "cuda"
+    on_gpu = (device or args.device.type) == args.device.type == "cuda"
     return RunPlan(
         parameters=parameters,
         flops_per_token=flops_per_token(config, block_size),

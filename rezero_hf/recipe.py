@@ -40,6 +40,7 @@ NOT_OURS = {
     "resume_from_checkpoint": "the same command goes on by itself; another checkpoint is named with --resume-from",
     "enable_jit_checkpoint": "a run told to stop (SIGTERM) saves by itself",
     "ignore_data_skip": "a resumed run would see its text again",
+    "auto_find_batch_size": "another batch would be another run; --dry_run says what fits",
     "push_to_hub": "runs do not push by themselves yet; upload a model or checkpoint with `hf upload`",
     "do_train": "scripts/pretrain.py always trains",
     "do_eval": "scripts/pretrain.py always evaluates",
@@ -49,7 +50,7 @@ NOT_OURS = {
 
 # Words of `training` that say where and how a run happens and not what it computes; a resumed run may change them.
 CIRCUMSTANCES = (
-    *("per_device_*_batch_size", "gradient_accumulation_steps", "eval_accumulation_steps", "auto_find_batch_size"),
+    *("per_device_*_batch_size", "gradient_accumulation_steps", "eval_accumulation_steps"),
     *("logging_*", "log_*", "report_to", "run_name", "project", "trackio_*", "disable_tqdm", "debug", "peak_flops"),
     *("save_*", "push_to_hub", "hub_*", "dataloader_*", "ddp_*", "fsdp*", "deepspeed", "parallelism_config"),
     *(

@@ -1,11 +1,11 @@
 """One real optimiser step of a small model with a recipe's own words, so that an error in them shows before a run."""
 
 import os
-import pickle
 import re
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,7 +14,8 @@ from transformers import TrainerCallback
 
 from .errors import UserError
 from .models import ReZeroConfig, ReZeroForCausalLM
-from .recipe import Recipe
+from .recipe import Recipe, load_recipe
+from .training import ReZeroTrainer
 
 
 # What a launcher tells its processes. A rehearsal is a process of its own and must not join them.
@@ -88,9 +89,9 @@ def rehearse(recipe: Recipe, config: ReZeroConfig) -> None:
     environment = {name: value for name, value in os.environ.items() if not LAUNCHER.fullmatch(name)}
     environment["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, sys.path))
     with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "recipe.yaml").write_text(recipe.resolved(config), encoding="utf-8")
         done = subprocess.run(
             [sys.executable, "-c", f"from {__name__} import _rehearse_here; _rehearse_here()"],
-            input=pickle.dumps((recipe, config)),
             capture_output=True,
             env=environment,
             cwd=folder,
@@ -103,9 +104,8 @@ def rehearse(recipe: Recipe, config: ReZeroConfig) -> None:
 
 def _rehearse_here() -> None:
     """The rehearsal, in the process and folder made for it; a failure's one line is the last on stderr."""
-    from .training import ReZeroTrainer
-
-    recipe, config = pickle.load(sys.stdin.buffer)
+    recipe = load_recipe("recipe.yaml")
+    config = ReZeroConfig(**recipe.model)
     grouped = config.num_key_value_heads < config.num_attention_heads
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1 if grouped else 2}
     small = ReZeroConfig.from_dict({**config.to_dict(), **SMALL_MODEL, **heads})

@@ -2,14 +2,16 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, save_fsdp_model, save_fsdp_optimizer
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from .arguments import sequences_per_step
 from .checkpoints import (
     begin_checkpoint,
     checkpoints_in,
@@ -49,9 +51,9 @@ class ResumableTrainer(Trainer):
         self.add_callback(_RestoreProgress(self))
 
     @property
-    def sequences_per_step(self) -> int:
-        """Sequences that one optimiser step sees over all processes."""
-        return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+    def told_to_stop(self) -> bool:
+        """Whether this launch ends before the run does, to be gone on with."""
+        return False
 
     def own_state(self) -> dict[str, Any]:
         """What a subclass wants saved, as JSON: `shared`, the same on all processes, and `each`, this process's own."""
@@ -86,7 +88,8 @@ class ResumableTrainer(Trainer):
             folder, skipped = newest_complete(self.args.output_dir)
             if folder is None:
                 there = "\n  ".join(skipped) or "there is none"
-                raise UserError(f"{self.args.output_dir} has no complete checkpoint to go on from:\n  {there}")
+                where = self.args.output_dir
+                raise UserError(f"{where} has no complete checkpoint to go on from; --restart begins anew:\n  {there}")
         else:
             folder, skipped = Path(where), []
         record = verify_checkpoint(folder)
@@ -97,13 +100,13 @@ class ResumableTrainer(Trainer):
         return folder, {**record, "files": None}, progress, skipped
 
     def _check_fits(self, folder: Path, record: dict[str, Any]) -> None:
-        if record["sequences_per_step"] != self.sequences_per_step:
+        if record["sequences_per_step"] != sequences_per_step(self.args):
             raise UserError(
                 f"{folder} was trained with {record['sequences_per_step']} sequences a step, this launch has "
-                f"{self.sequences_per_step}: set training.global_batch_size={record['sequences_per_step']}."
+                f"{sequences_per_step(self.args)}: set training.global_batch_size={record['sequences_per_step']}."
             )
-        if is_sharded(record["sharding"]) != self.is_fsdp_enabled:
-            now = "under FSDP" if self.is_fsdp_enabled else "not under FSDP"
+        if is_sharded(record["sharding"]) != self.is_fsdp_enabled or record["state_dict"] != self._state_dict_kind():
+            now = f"under FSDP ({self._state_dict_kind()})" if self.is_fsdp_enabled else "not under FSDP"
             raise UserError(
                 f"{folder} was written under {record['sharding']}, this launch is {now}: launch it as before, or start "
                 "a new run."
@@ -122,10 +125,14 @@ class ResumableTrainer(Trainer):
         partial, main = partial_of(folder), self.is_world_process_zero()
         self.store_flos()
         progress = self._progress()
+        if self.state.best_global_step:
+            best = folder.with_name(f"checkpoint-{self.state.best_global_step}")
+            if on_main(lambda: best == folder or best.is_dir()):
+                self.state.best_model_checkpoint = str(best)
         parts = [lambda: begin_checkpoint(folder) if main else None]
         parts += [lambda: self.save_model(str(partial), _internal_call=True)]
-        if not self.args.save_only_model:
-            parts += [lambda: self._save_optimizer_and_scheduler(str(partial))]
+        if self._saves_everything():
+            parts += self._optimizer_parts(partial)
             parts += [lambda: self._save_scaler(str(partial)), lambda: self._save_rng_state(str(partial))]
         parts += [lambda: self._finish_checkpoint(folder, progress) if main else None]
         way_out = f"the checkpoint of step {step} was not saved; make room and rights for it, then start the same "
@@ -149,10 +156,6 @@ class ResumableTrainer(Trainer):
         partial = partial_of(folder)
         # A pickle of the arguments; the resolved recipe beside the run says the same in words.
         (partial / "training_args.bin").unlink(missing_ok=True)
-        if self.state.best_global_step:
-            best = folder.with_name(f"checkpoint-{self.state.best_global_step}")
-            if best == folder or best.is_dir():
-                self.state.best_model_checkpoint = str(best)
         for callback in (*self.callback_handler.callbacks, self.control):
             if isinstance(callback, ExportableState):
                 self.state.stateful_callbacks[type(callback).__name__] = callback.state()
@@ -162,13 +165,47 @@ class ResumableTrainer(Trainer):
             write_whole(partial / LOG, self.log_file.read_text(encoding="utf-8"))
         record = {
             "step": self.state.global_step,
-            "resumable": not self.args.save_only_model,
+            "resumable": self._saves_everything(),
             "world_size": self.args.world_size,
-            "sequences_per_step": self.sequences_per_step,
+            "sequences_per_step": sequences_per_step(self.args),
             "sharding": sharding_of(self.model_wrapped),
+            "state_dict": self._state_dict_kind(),
         }
         finish_checkpoint(folder, record)
-        rotate(folder.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
+        rotate(folder.parent, self.state.global_step, self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    def _saves_everything(self) -> bool:
+        """`save_only_model` is for checkpoints along the way; the last one before a stop is there to go on from."""
+        return self.told_to_stop or not self.args.save_only_model
+
+    def _state_dict_kind(self) -> str | None:
+        """The word of accelerate's configuration for how FSDP writes its state; None without FSDP."""
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        return None if plugin is None else plugin.state_dict_type.name
+
+    def _optimizer_parts(self, partial: Path) -> list[Callable[[], Any]]:
+        """Saving optimiser and schedule, under FSDP in pieces of one collective each.
+
+        A process that fails between two collectives would otherwise meet the others in the wrong one.
+        """
+        if not self.is_fsdp_enabled:
+            return [lambda: self._save_optimizer_and_scheduler(str(partial))]
+        plugin, scheduler = self.accelerator.state.fsdp_plugin, partial / "scheduler.pt"
+        return [
+            lambda: save_fsdp_model(plugin, self.accelerator, self.model, str(partial)),
+            lambda: save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, str(partial)),
+            lambda: torch.save(self.lr_scheduler.state_dict(), scheduler) if self.args.should_save else None,
+        ]
+
+    def _finalize_training(self, *args):
+        """The library would delete checkpoints here, and load the best model of a run that is not over."""
+        kept = self.args.save_total_limit, self.args.load_best_model_at_end
+        self.args.save_total_limit = None
+        self.args.load_best_model_at_end = kept[1] and not self.told_to_stop
+        try:
+            return super()._finalize_training(*args)
+        finally:
+            self.args.save_total_limit, self.args.load_best_model_at_end = kept
 
     def _progress(self) -> dict[str, Any]:
         """What the library keeps in memory alone, and `own_state`."""
@@ -176,7 +213,6 @@ class ResumableTrainer(Trainer):
         each = {"loss": float(self._tr_loss), **state["each"]}
         return {
             "last_logged": self._globalstep_last_logged,
-            "total_loss": self._total_loss_scalar,
             "shared": state["shared"],
             "each": gather_object([each]) if self.args.world_size > 1 else [each],
         }
@@ -194,13 +230,40 @@ class ResumableTrainer(Trainer):
             loss = sum(own["loss"] for own in each) / len(each)
         self._tr_loss += loss
         self._globalstep_last_logged = progress["last_logged"]
-        self._total_loss_scalar = progress["total_loss"]
+        # The library divides by the steps of this launch, to which this sum does not belong.
+        self._total_loss_scalar = -loss
         if self.log_file is not None and (folder / LOG).exists():
-            on_main(lambda: write_whole(self.log_file, (folder / LOG).read_text(encoding="utf-8")))
+            on_main(lambda: self._restore_log(folder / LOG))
         self.restore_own_state(progress["shared"], each)
+
+    def _restore_log(self, saved: Path) -> None:
+        """Put the log back to the checkpoint's step, but keep what it says of stops, resumes and saves until then."""
+        text = saved.read_text(encoding="utf-8")
+        lines = self.log_file.read_text(encoding="utf-8").splitlines() if self.log_file.exists() else []
+        for line in lines:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                # The last one, torn by a kill.
+                continue
+            past = row["event"] in ("resume", "nonfinite") or (
+                row["event"] == "save" and row["step"] <= self.state.global_step
+            )
+            if past and line not in text:
+                text += line + "\n"
+        write_whole(self.log_file, text)
+
+    def _load_from_checkpoint(self, *args, **kwargs):
+        try:
+            return super()._load_from_checkpoint(*args, **kwargs)
+        except RuntimeError as error:
+            what = " ".join(str(error).split())[:200]
+            raise UserError(f"the checkpoint does not fit this model ({what}); --restart begins anew.") from error
 
     def _init_training_state(self, *args, **kwargs):
         found = super()._init_training_state(*args, **kwargs)
+        # The intervals of logging, evaluating and saving are this launch's, not the checkpoint's.
+        self.state.compute_steps(self.args, self.state.max_steps)
         if self._resuming is not None and self.state.best_global_step:
             # The path is the other machine's; the step is not.
             best = self._resuming["folder"].with_name(f"checkpoint-{self.state.best_global_step}")

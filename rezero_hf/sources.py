@@ -16,10 +16,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from .durable import write_whole
 from .errors import UserError
 
 
@@ -222,13 +223,8 @@ def remember(memory: Path, value: Any) -> None:
 
     A cache that cannot be written forgets, and what it would have held is found out again the next time.
     """
-    temporary = memory.with_suffix(f".{os.getpid()}.tmp")
     with suppress(OSError):
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w") as file:
-            json.dump({"value": value}, file)
-            sync(file)
-        temporary.replace(memory)
+        write_whole(memory, json.dumps({"value": value}))
 
 
 def recall(memory: Path) -> Any:
@@ -237,9 +233,3 @@ def recall(memory: Path) -> Any:
         return json.loads(memory.read_text())["value"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def sync(file: IO) -> None:
-    """Wait until a file's content is on disk."""
-    file.flush()
-    os.fsync(file.fileno())

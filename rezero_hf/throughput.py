@@ -3,14 +3,18 @@
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import nn
 from transformers import TrainingArguments
 
 from .flops import flops_per_token, peak_flops
+
+
+T = TypeVar("T")
 
 
 class Throughput:
@@ -27,10 +31,14 @@ class Throughput:
         self._peak = getattr(args, "peak_flops", None) or peak_flops(args.device, dtype)
         self.start()
 
-    def start(self, seconds_before: float = 0.0) -> None:
-        """Start the clock, of a run that has already taken some seconds."""
-        self._run_start = time.perf_counter() - seconds_before
-        self._start_interval()
+    def start(self, run: float = 0.0, interval: float = 0.0, waited: float = 0.0) -> None:
+        """Start the clock, of a run, an interval and a wait for data that have already taken some seconds."""
+        now = time.perf_counter()
+        self._run_start, self._interval_start, self._waited = now - run, now - interval, waited
+
+    def state(self) -> dict[str, float]:
+        """What `start` needs to go on in another process."""
+        return {"run": self.seconds(), "interval": time.perf_counter() - self._interval_start, "waited": self._waited}
 
     def seconds(self) -> float:
         """Wall-clock seconds of the whole run so far, over all its launches."""
@@ -43,12 +51,17 @@ class Throughput:
         yield
         self._interval_start += time.perf_counter() - started
 
-    @contextmanager
-    def waiting_for_data(self) -> Iterator[None]:
-        """What happens inside is waiting for the next batches."""
-        started = time.perf_counter()
-        yield
-        self._waited += time.perf_counter() - started
+    def waiting_for(self, batches: Iterable[T]) -> Iterator[T]:
+        """The same batches, the time until each is there counted as waiting for data."""
+        batches = iter(batches)
+        while True:
+            started = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self._waited += time.perf_counter() - started
+            yield batch
 
     def interval(self, tokens: int, sequence_length: int) -> dict[str, float]:
         """What to log of the time since the last call.
@@ -58,7 +71,7 @@ class Throughput:
             sequence_length: tokens per sequence, which set the share of attention.
 
         Returns:
-            `tokens_per_second` of all devices together and per device; `mfu`, model FLOPs (`planning.flops_per_token`)
+            `tokens_per_second` of all devices together and per device; `mfu`, model FLOPs (`flops.flops_per_token`)
             over the device's dense peak in this precision, where that is known; `peak_memory_bytes` on this device
             since the last call (of this process since it began, on a CPU); `data_wait_fraction` of this process;
             `wall_seconds` of the run.
@@ -72,12 +85,8 @@ class Throughput:
         found["peak_memory_bytes"] = self._peak_memory()
         found["data_wait_fraction"] = self._waited / seconds
         found["wall_seconds"] = self.seconds()
-        self._start_interval()
+        self._interval_start, self._waited = time.perf_counter(), 0.0
         return found
-
-    def _start_interval(self) -> None:
-        self._interval_start = time.perf_counter()
-        self._waited = 0.0
 
     def _peak_memory(self) -> int:
         if self._args.device.type == "cuda":

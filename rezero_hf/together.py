@@ -8,29 +8,36 @@ from typing import TypeVar
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
 
 from .errors import UserError
 
 
 T = TypeVar("T")
+# What reading and writing raise when the disk, the network or the user is at fault, and not the program.
+EXPECTED = (UserError, OSError, RuntimeError, SafetensorError, CheckpointException)
 
 
 def on_main(act: Callable[[], T]) -> T:
     """Run `act` on the main process; every process gets its result (picklable), or its `UserError`.
 
     Raises:
-        UserError: as raised by `act`, or made of the `OSError` it raised.
+        UserError: as raised by `act`, or made of what else can be expected there (`EXPECTED`). What cannot is raised as
+            it is on the main process, and as a `UserError` on the others, so that none waits.
     """
-    outcome = [None, None]
+    outcome, cause = [None, None], None
     if PartialState().is_main_process:
         try:
             outcome[0] = act()
-        except (UserError, OSError) as error:
-            outcome[1] = _one_line(error)
+        except Exception as error:
+            outcome[1], cause = _one_line(error), error
     if PartialState().num_processes > 1:
         outcome = broadcast_object_list(outcome)
+    if cause is not None and not isinstance(cause, EXPECTED):
+        raise cause
     if outcome[1] is not None:
-        raise UserError(outcome[1])
+        raise UserError(outcome[1]) from cause
     return outcome[0]
 
 
@@ -44,17 +51,19 @@ def everywhere(act: Callable[[], None], way_out: str) -> None:
     Raises:
         UserError: says which process failed first, and why.
     """
-    problem = None
+    problem = cause = None
     try:
         act()
-    except (UserError, OSError, RuntimeError) as error:
-        problem = _one_line(error)
+    except (Exception, CheckpointException) as error:
+        problem, cause = _one_line(error), error
     state = PartialState()
     problems = gather_object([problem]) if state.num_processes > 1 else [problem]
+    if cause is not None and not isinstance(cause, EXPECTED):
+        raise cause
     for rank, found in enumerate(problems):
         if found is not None:
             where = f" (process {rank} of {state.num_processes})" if state.num_processes > 1 else ""
-            raise UserError(f"{found}{where}: {way_out}")
+            raise UserError(f"{found}{where}: {way_out}") from cause
 
 
 def _one_line(error: Exception) -> str:
@@ -64,5 +73,7 @@ def _one_line(error: Exception) -> str:
         # All that torch says of a disk that is full is where in its own source it noticed.
         return "torch could not write a file, as on a full disk"
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        # A copy that fails names its source first.
+        name = error.filename2 or error.filename
+        return f"{name}: {error.strerror}" if name else error.strerror
     return " ".join(str(error).split()) or type(error).__name__

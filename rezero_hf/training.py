@@ -2,7 +2,11 @@
 run, a watch over every step. Saving and resuming are in `resuming.py`."""
 
 import math
+import signal
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +16,12 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import EvalPrediction, PrinterCallback, ProgressCallback
 
-from .arguments import ReZeroTrainingArguments
+from .arguments import ReZeroTrainingArguments, sequences_per_step
 from .callbacks import MEASURED, BitsPerByteProgress, MetricsLog
 from .data import IGNORE_INDEX, PreparedData
 from .errors import UserError
+from .flops import flops_per_token
+from .models import ReZeroConfig
 from .optim import make_optimizer
 from .resuming import LOG, ResumableTrainer
 from .throughput import Throughput
@@ -35,11 +41,6 @@ def training_steps(args: ReZeroTrainingArguments, prepared: PreparedData) -> int
     if steps < 1:
         raise UserError(f"training.num_train_epochs={args.num_train_epochs} gives no step; raise it or set max_steps.")
     return steps
-
-
-def sequences_per_step(args: ReZeroTrainingArguments) -> int:
-    """Sequences that one optimiser step sees over all processes."""
-    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
 class ReZeroTrainer(ResumableTrainer):
@@ -92,7 +93,8 @@ class ReZeroTrainer(ResumableTrainer):
 
     def train(self, *args, **kwargs):
         self.throughput.start()
-        return super().train(*args, **kwargs)
+        with self.watch.listening() if self.watch is not None else nullcontext():
+            return super().train(*args, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """`make_optimizer` with the words of `ReZeroTrainingArguments`; else the library's optimiser."""
@@ -109,12 +111,26 @@ class ReZeroTrainer(ResumableTrainer):
             )
         return super().create_optimizer(model)
 
+    def floating_point_ops(self, inputs) -> int:
+        """What the library sums as `total_flos`: `flops_per_token` for every token, where it says 6 per parameter."""
+        if not isinstance(self.model.config, ReZeroConfig):
+            return super().floating_point_ops(inputs)
+        rows, length = inputs["input_ids"].shape
+        return rows * length * flops_per_token(self.model.config, length)
+
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        with self.throughput.waiting_for_data():
-            batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        arriving = self.throughput.waiting_for(epoch_iterator)
+        batches, items = super().get_batch_samples(arriving, num_batches, device)
         self.step_batches, self.step_losses = batches, []
-        self._loss_before_step = self._tr_loss.clone()
+        self._before_step = self._tr_loss.clone(), dict(self._seen)
         return batches, items
+
+    def get_train_dataloader(self):
+        """The library's, with loader processes that outlive a signal to all: the main one decides when they end."""
+        loader = super().get_train_dataloader()
+        for inner in (loader, getattr(loader, "base_dataloader", loader)):
+            inner.worker_init_fn = partial(_start_loader, inner.worker_init_fn)
+        return loader
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         if self.token_bytes is not None:
@@ -122,7 +138,8 @@ class ReZeroTrainer(ResumableTrainer):
             self._seen["tokens"] += (targets != IGNORE_INDEX).sum()
             self._seen["bytes"] += self._bytes_of(targets).sum()
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self.step_losses.append(loss)
+        # A copy: a compiled step may put the next loss in the same place.
+        self.step_losses.append(loss.clone())
         return loss
 
     def _get_grad_norm(self, model, grad_norm=None):
@@ -130,9 +147,14 @@ class ReZeroTrainer(ResumableTrainer):
         return self.step_grad_norm
 
     def forget_step(self) -> None:
-        """Take the current step's loss out of the mean that the next log line shows."""
-        self._tr_loss.copy_(self._loss_before_step)
+        """Take the current step's loss and text out of what the next log line shows."""
+        loss, self._seen = self._before_step
+        self._tr_loss.copy_(loss)
         self._globalstep_last_logged += 1
+
+    @property
+    def told_to_stop(self) -> bool:
+        return self.watch is not None and self.watch.preempted
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self.token_bytes is not None:
@@ -158,14 +180,14 @@ class ReZeroTrainer(ResumableTrainer):
         self.record(self.state, {"event": "save", "step": self.state.global_step, "seconds": seconds})
 
     def own_state(self) -> dict[str, Any]:
-        shared = {"tokens": self._tokens, "seconds": self.throughput.seconds()}
+        shared = {"tokens": self._tokens, "clock": self.throughput.state()}
         if self.watch is not None:
             shared["watch"] = self.watch.state()
         return {"shared": shared, "each": {name: int(count) for name, count in self._seen.items()}}
 
     def restore_own_state(self, shared: dict[str, Any], each: list[dict[str, Any]]) -> None:
         self._tokens = shared["tokens"]
-        self.throughput.start(shared["seconds"])
+        self.throughput.start(**shared["clock"])
         if self.watch is not None and "watch" in shared:
             self.watch.restore(shared["watch"])
         if len(each) == self.args.world_size:
@@ -195,6 +217,12 @@ class ReZeroTrainer(ResumableTrainer):
 
     def _bytes_of(self, targets: torch.Tensor) -> torch.Tensor:
         return self.token_bytes[targets.clamp(min=0)] * (targets != IGNORE_INDEX)
+
+
+def _start_loader(then: Callable[[int], None] | None, number: int) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if then is not None:
+        then(number)
 
 
 def _sum_over_text(rows: EvalPrediction) -> dict[str, float]:

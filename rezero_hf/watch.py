@@ -2,7 +2,10 @@
 
 import math
 import signal
+import threading
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from statistics import fmean, pstdev
 from typing import Any
 
@@ -11,6 +14,7 @@ from accelerate.utils import gather_object
 from torch import nn
 from transformers import TrainerCallback
 
+from .arguments import sequences_per_step
 from .callbacks import gate_values
 from .errors import UserError
 
@@ -42,9 +46,9 @@ class StepWatch(TrainerCallback):
         self._trainer = trainer
         self._recent: deque[float] = deque(maxlen=SPIKE_WINDOW)
         self._told_to_stop = False
-        self._previous_handler = None
         self.preempted = False
         self.skipped = 0
+        self._counts: list[int | None] = []
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs, as JSON."""
@@ -55,14 +59,23 @@ class StepWatch(TrainerCallback):
         self._recent = deque(state["recent_losses"], maxlen=SPIKE_WINDOW)
         self.skipped = state["skipped"]
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """SIGTERM inside is a request; outside it is what it was."""
+        self._told_to_stop = self.preempted = False
+        # Only the main thread may say what a signal does.
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
         def note(signum, frame):
             self._told_to_stop = True
 
-        self._previous_handler = signal.signal(signal.SIGTERM, note)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        signal.signal(signal.SIGTERM, self._previous_handler)
+        before = signal.signal(signal.SIGTERM, note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         told, loss, norm = self._agree(args)
@@ -78,9 +91,21 @@ class StepWatch(TrainerCallback):
             self._trainer.record(state, row)
         self._recent.append(loss)
 
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        for group, count in zip(self._trainer.optimizer.param_groups, self._counts, strict=False):
+            if count is not None:
+                group["step"] = count
+        self._counts = []
+
     def on_step_end(self, args, state, control, **kwargs):
         if self.preempted:
             control.should_save = control.should_training_stop = True
+        return control
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.preempted:
+            # The epoch is not over; what its end would do is for the launch that goes on.
+            control.should_log = control.should_evaluate = control.should_save = False
         return control
 
     def _agree(self, args) -> tuple[float, float, float]:
@@ -92,7 +117,7 @@ class StepWatch(TrainerCallback):
 
     def _blocks(self, step: int) -> list[int]:
         """First and last number of the blocks that a step trains on."""
-        each = self._trainer.sequences_per_step
+        each = sequences_per_step(self._trainer.args)
         return [step * each, (step + 1) * each - 1]
 
     def _not_finite(self, args, state, loss: float, norm: float) -> None:
@@ -103,11 +128,12 @@ class StepWatch(TrainerCallback):
             "loss": str(loss),
             "grad_norm": str(norm),
             "blocks": self._guilty_blocks(args, step - 1),
-            "largest_activation": largest_activations(trainer.model, trainer.step_batches),
+            "largest_activation": self._largest_activations(),
             "alpha": gate_values(trainer.model),
         }
-        # Without gradients the optimiser leaves every parameter and every moment as it was.
+        # Without gradients the optimiser leaves every parameter and every moment as it was; some count the step though.
         trainer.optimizer.zero_grad(set_to_none=True)
+        self._counts = [group.get("step") for group in trainer.optimizer.param_groups]
         trainer.record(state, found)
         if args.nonfinite == "skip" and self.skipped < args.max_skipped_steps:
             self.skipped += 1
@@ -124,6 +150,14 @@ class StepWatch(TrainerCallback):
             "training.learning_rate or training.gate_lr_multiplier, clip with training.max_grad_norm, or leave such "
             "steps out with training.nonfinite=skip; the same command goes on from the last checkpoint."
         )
+
+    def _largest_activations(self) -> dict[str, float]:
+        """`largest_activations` of the step's batches, over all processes."""
+        trainer = self._trainer
+        model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+        found = largest_activations(model, [trainer._prepare_inputs(batch) for batch in trainer.step_batches])
+        mine = torch.tensor([list(found.values())], device=trainer.args.device)
+        return dict(zip(found, trainer.accelerator.gather(mine).amax(0).tolist(), strict=True))
 
     def _guilty_blocks(self, args, step: int) -> list[int]:
         """Numbers of the blocks in the batches whose own loss is not finite; of the whole step if none's is."""
@@ -160,10 +194,13 @@ def largest_activations(model: nn.Module, batches: list[dict[str, torch.Tensor]]
 
     layers = [(name, module) for name, module in model.named_modules() if name.rpartition(".")[0].endswith("layers")]
     hooks = [module.register_forward_hook(look(name)) for name, module in layers]
+    training = model.training
     try:
+        model.eval()
         for batch in batches:
             model(**batch)
     finally:
+        model.train(training)
         for handle in hooks:
             handle.remove()
     return largest

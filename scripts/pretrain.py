@@ -7,7 +7,6 @@ A run that was interrupted goes on with the same command. --dry_run says what a 
 
 import json
 import os
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -17,30 +16,27 @@ import torch
 import typer
 from transformers import set_seed
 
+from rezero_hf.arguments import sequences_per_step
 from rezero_hf.checkpoints import fetch_checkpoint
 from rezero_hf.cli import run
 from rezero_hf.data import SPLITS, EvalBlocks, TrainBlocks, prepare
 from rezero_hf.errors import UserError
 from rezero_hf.export import export_folder, rescue
+from rezero_hf.farewell import farewell, sample
 from rezero_hf.launching import LaunchReport, check_launch
 from rezero_hf.models import ReZeroForCausalLM
-from rezero_hf.planning import describe, make_plan, rehearse
+from rezero_hf.planning import describe, make_plan
 from rezero_hf.recipe import load_recipe
+from rezero_hf.rehearsal import rehearse
 from rezero_hf.run_folder import claim_run_dir
 from rezero_hf.runs import cores, now, provenance, read_metrics
 from rezero_hf.together import everywhere, on_main
 from rezero_hf.tokenization import load_tokenizer, token_byte_lengths
-from rezero_hf.training import ReZeroTrainer, sequences_per_step, training_steps
+from rezero_hf.training import ReZeroTrainer, training_steps
 
 
 # 128 + SIGTERM, as if the signal had ended the process: a scheduler must not take the run for finished.
 PREEMPTED = 143
-NEXT = """
-The model is in {folder}, with its card and figures. Next:
-  write text     {bin}/python -c "import rezero_hf; from transformers import pipeline; \
-print(pipeline('text-generation', '{folder}')('class ', max_new_tokens=200)[0]['generated_text'])"
-  train longer   {bin}/accelerate launch --quiet --num_cpu_threads_per_process {threads} {again}
-  publish        {bin}/hf upload USER/NAME {folder}"""
 
 
 def main(
@@ -124,7 +120,8 @@ def main(
             print(f"an earlier run is kept in {os.path.relpath(aside)}")
     trainer.add_callback(LaunchReport(trainer, plan.data.block_size))
     trained = trainer.train(resume_from_checkpoint=goes_on)
-    if trainer.watch.preempted:
+    training_seconds = trainer.throughput.seconds()
+    if trainer.told_to_stop:
         if main_process:
             print(f"told to stop: saved at step {trained.global_step} of {args.max_steps}; the same command goes on")
         sys.exit(PREEMPTED)
@@ -142,7 +139,7 @@ def main(
             "smoke": smoke,
             "finished": now(),
             "wall_seconds": round(time.perf_counter() - started, 1),
-            "training_seconds": trainer.throughput.seconds(),
+            "training_seconds": training_seconds,
             "world_size": args.world_size,
             "seed": args.seed,
             "parameters": model.num_parameters(),
@@ -158,17 +155,10 @@ def main(
         (output / "run.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
     given = max(1, plan.data.block_size // 4)
-    prompt = eval_blocks[0]["input_ids"][None, :given]
-    new = {"max_new_tokens": max(1, plan.data.block_size - given), "do_sample": True, "temperature": 0.8}
-    published = ReZeroForCausalLM.from_pretrained(output / "model")
-    written = tokenizer.decode(published.generate(prompt, **new)[0], skip_special_tokens=True)
+    prompt = eval_blocks[0]["input_ids"][:given]
+    written = sample(output / "model", tokenizer, prompt, max(1, plan.data.block_size - given))
     print(f"\n--- {given} held-out tokens, continued by the model ---\n{written}\n---\n")
-    for split, measured in results.items():
-        print(f"{split}: {measured['bits_per_byte']:.3f} bits per byte over {measured['bytes']:,} bytes")
-    longer = [word for word in sys.argv[1:] if not word.startswith("training.max_steps=")]
-    again = shlex.join([sys.argv[0], *longer, f"training.max_steps={2 * args.max_steps}"])
-    folder, bin = os.path.relpath(output / "model"), os.path.relpath(Path(sys.executable).parent)
-    print(NEXT.format(folder=folder, bin=bin, threads=cores(), again=again))
+    print(farewell(output / "model", results, args.max_steps))
 
 
 if __name__ == "__main__":

@@ -127,7 +127,7 @@ def test_rotation_keeps_the_newest_and_the_best(tmp_path_factory, limit, saved, 
         save(folder, step)
         if step in unfinished and step < saved:
             (folder / f"checkpoint-{step}" / MANIFEST).unlink()
-    rotate(folder, limit, f"elsewhere/checkpoint-{best}")
+    rotate(folder, saved, limit, f"elsewhere/checkpoint-{best}")
     left = {int(path.name.rpartition("-")[2]) for path in checkpoints_in(folder)}
     finished = {step for step in range(1, saved + 1) if step not in unfinished or step == saved}
     assert saved in left and left >= set(range(1, saved + 1)) - finished
@@ -136,6 +136,16 @@ def test_rotation_keeps_the_newest_and_the_best(tmp_path_factory, limit, saved, 
     assert len(left & finished) == min(room, len(finished))
     newest = sorted(finished - {best}, reverse=True)
     assert set(newest[: len(left & finished - {best})]) == left & finished - {best}
+
+
+def test_rotation_does_not_count_what_the_run_passed_over(tmp_path):
+    """A damaged checkpoint of a later step does not push out the whole one just written."""
+    save(tmp_path, 5)
+    (save(tmp_path, 10) / "optimizer.pt").unlink()
+    save(tmp_path, 7)
+    rotate(tmp_path, 7, 1)
+    assert {path.name for path in checkpoints_in(tmp_path)} == {"checkpoint-10", "checkpoint-7"}
+    assert newest_complete(tmp_path)[0].name == "checkpoint-7"
 
 
 def test_a_damaged_folder_of_the_same_step_is_replaced(tmp_path):

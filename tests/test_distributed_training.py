@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from test_resuming import At, outcome, same
 from test_training import *
+from rezero_hf.checkpoints import checkpoints_in
 from rezero_hf.launching import sharding_of
 
 out = Path(sys.argv[1])
@@ -140,6 +141,14 @@ def test_two_processes_go_on_exactly_and_stop_together(folder):
         assert sharding_of(again.model_wrapped) == "ddp"
         same(outcome(out / "told", again), expected)
 
+        # Both processes go back to the same best model, and the last one saved stays.
+        best = make("best", DROPOUT, load_best_model_at_end=True, eval_strategy="steps", eval_steps=2, save_total_limit=1)
+        best.train()
+        sums = torch.tensor([sum(parameter.double().sum() for parameter in best.model.parameters())]).double()
+        assert best.accelerator.gather(sums).unique().numel() == 1
+        kept = {path.name for path in checkpoints_in(out / "best" / "out")}
+        assert {"checkpoint-6", f"checkpoint-{best.state.best_global_step}"} == kept
+
         make("plain").train()
         half = make("fewer")
         half.add_callback(At(3, tell))
@@ -210,6 +219,8 @@ def test_fully_sharded_training_is_the_same_run(folder):
             again.train(resume_from_checkpoint=True)
             assert torch.equal(losses(kind), losses(kind + "2"))
             whole = trainer.accelerator.get_state_dict(trainer.model)
+            resumed = again.accelerator.get_state_dict(again.model)
+            assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
             if dist.get_rank() == 0:
                 torch.save(whole, out / f"{kind}.pt")
         half = make("bf16", bf16=True, max_steps=2, **sharded("FULL_STATE_DICT"))

@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 
+import psutil
 import pytest
 import torch
 from test_training import prepared, trainer_for  # noqa: F401
@@ -91,6 +92,10 @@ def test_a_run_resumed_twice_measures_and_ends_like_one_left_alone(alone, prepar
     trainer = make(prepared, tmp_path, optimizer=optimizer)
     trainer.train(resume_from_checkpoint=True)
     same(outcome(tmp_path, trainer), expected)
+    rates = [
+        row["tokens_per_second"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if row["event"] == "train"
+    ]
+    assert max(rates) < 20 * min(rates)
     seconds = [row["wall_seconds"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "wall_seconds" in row]
     assert seconds == sorted(seconds)
 
@@ -107,6 +112,53 @@ def test_a_run_told_to_stop_saves_the_step_and_goes_on(alone, prepared, tmp_path
     trainer = make(prepared, tmp_path, optimizer=optimizer)
     trainer.train(resume_from_checkpoint=True)
     same(outcome(tmp_path, trainer), expected)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"save_only_model": True}, {"save_total_limit": 1, "load_best_model_at_end": True}]
+)
+def test_the_checkpoint_of_a_stop_is_there_to_go_on_from(prepared, tmp_path, arguments):  # noqa: F811
+    """Whatever is saved along the way and however little is kept."""
+    arguments = {**arguments, "eval_steps": 2}
+    told = make(prepared, tmp_path, At(8, lambda control: os.kill(os.getpid(), signal.SIGTERM)), **arguments)
+    told.train()
+    assert checkpoints_in(told.args.output_dir)[0].name == "checkpoint-9"
+    again = make(prepared, tmp_path, **arguments)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 12 and not again.watch.preempted
+
+
+def test_a_signal_to_every_process_leaves_the_data_loaders_to_the_main_one(prepared, tmp_path):  # noqa: F811
+    """Schedulers send SIGTERM to all: with loader processes too, the step is finished and saved."""
+
+    def tell(control):
+        for process in [psutil.Process(), *psutil.Process().children()]:
+            process.terminate()
+
+    told = make(prepared, tmp_path, At(3, tell), dataloader_num_workers=1)
+    told.train()
+    assert told.watch.preempted and checkpoints_in(told.args.output_dir)[0].name == "checkpoint-4"
+
+
+def test_a_resumed_run_follows_this_launchs_intervals_and_remembers_why_it_stopped(prepared, tmp_path):  # noqa: F811
+    """Saves and log lines come as often as now asked for; the rows of the stop and of the save stay in the log."""
+    trainer = make(prepared, tmp_path)
+    passes = []
+
+    def poison(module, inputs, output):
+        passes.append(torch.is_grad_enabled())
+        return output * (float("nan") if sum(passes) == 13 and passes[-1] else 1.0)
+
+    trainer.model.lm_head.register_forward_hook(poison)
+    with pytest.raises(UserError, match="step 7: the loss is nan"):
+        trainer.train()
+    again = make(prepared, tmp_path, save_steps=3, logging_steps=1)
+    again.train(resume_from_checkpoint=True)
+    assert {path.name for path in checkpoints_in(tmp_path / "out")} >= {"checkpoint-9", "checkpoint-12"}
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows if row["event"] == "train"] == [5, *range(7, 13)]
+    assert [row["step"] for row in rows if row["event"] == "nonfinite"] == [7]
+    assert [row["step"] for row in rows if row["event"] == "save"] == [2, 4, 6, 9, 12]
 
 
 def test_the_newest_whole_checkpoint_is_taken_and_the_others_named(alone, prepared, tmp_path, capsys):  # noqa: F811
@@ -177,7 +229,9 @@ def test_a_full_disk_ends_in_one_line_and_loses_nothing(prepared, tmp_path, part
 
 def test_what_cannot_be_resumed_is_one_line(alone, prepared, tmp_path):  # noqa: F811
     optimizer, _, folder = alone
-    with pytest.raises(UserError, match="has no complete checkpoint to go on from:\n  there is none"):
+    with pytest.raises(
+        UserError, match="has no complete checkpoint to go on from; --restart begins anew:\n  there is none"
+    ):
         make(prepared, tmp_path).train(resume_from_checkpoint=True)
     shutil.copytree(folder / "out", tmp_path / "out", dirs_exist_ok=True)
     with pytest.raises(
@@ -191,7 +245,7 @@ def test_what_cannot_be_resumed_is_one_line(alone, prepared, tmp_path):  # noqa:
         other.train(resume_from_checkpoint=True)
     sharded = make(prepared, tmp_path, optimizer=optimizer)
     sharded.is_fsdp_enabled = True
-    with pytest.raises(UserError, match="was written under none, this launch is under FSDP: launch it as before"):
+    with pytest.raises(UserError, match="was written under none, this launch is under FSDP .*: launch it as before"):
         sharded.train(resume_from_checkpoint=True)
     weights_only = make(prepared, tmp_path / "weights", save_only_model=True, max_steps=2)
     weights_only.train()

@@ -11,12 +11,14 @@ import torch
 from torch import nn
 
 from rezero_hf import ReZeroConfig, ReZeroForCausalLM, ReZeroTrainer, ReZeroTrainingArguments
+from rezero_hf.arguments import sequences_per_step
 from rezero_hf.data import DataConfig, EvalBlocks, TrainBlocks, prepare
 from rezero_hf.errors import UserError
+from rezero_hf.flops import flops_per_token
 from rezero_hf.runs import read_metrics
 from rezero_hf.sources import Source
 from rezero_hf.tokenization import byte_tokenizer, token_byte_lengths
-from rezero_hf.training import sequences_per_step, training_steps
+from rezero_hf.training import training_steps
 
 
 BLOCK = 16
@@ -85,6 +87,21 @@ def test_a_run_records_steps_evaluations_and_every_gate(prepared, tmp_path):
     for row in evaluations:
         assert set(row["alpha"]) == {f"model.layers.{n}.residual_norm.alpha" for n in range(2)}
         assert all(len(value) == 1 and value[0] != 0 for value in row["alpha"].values())
+
+
+def test_the_share_of_the_peak_is_reckoned_from_the_models_own_arithmetic(prepared, tmp_path):
+    """`mfu` is FLOPs per token times tokens per second over the peak the recipe names; without a peak there is none."""
+    for peak in (None, 1e12):
+        trainer = trainer_for(prepared, tmp_path, run_dir=tmp_path / str(peak), logging_steps=2, peak_flops=peak)
+        trainer.train()
+        rows = read_metrics(tmp_path / str(peak) / "metrics.jsonl")
+        flops = flops_per_token(trainer.model.config, BLOCK)
+        for row in rows:
+            speed = row["tokens_per_second_per_device"]
+            assert ("mfu" in row) is (peak is not None)
+            assert peak is None or row["mfu"] == pytest.approx(speed * flops / peak)
+            assert 0 <= row["data_wait_fraction"] < 1 and row["peak_memory_bytes"] > 1e8
+        assert trainer.state.total_flos == 4 * 4 * BLOCK * flops
 
 
 def test_accumulating_gives_the_same_losses_gradients_and_weights(prepared, tmp_path):

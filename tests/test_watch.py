@@ -48,6 +48,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_applied(prepared, 
     assert (found["step"], found["loss"], found["blocks"]) == (3, "nan", [10, 11])
     assert set(found["largest_activation"]) == {"model.layers.0", "model.layers.1"}
     assert all(0 < value < 100 for value in found["largest_activation"].values())
+    # Where a layer itself is at fault, it shows which.
+    broken = make(prepared, tmp_path / "broken")
+    broken.model.model.layers[1].register_forward_hook(lambda module, inputs, output: output * math.nan)
+    with pytest.raises(UserError, match=r"model\.layers\.0: [0-9.]+, alpha .*; model\.layers\.1: inf, alpha"):
+        broken.train()
     assert set(found["alpha"]) == {f"model.layers.{n}.residual_norm.alpha" for n in range(2)}
 
 
@@ -76,13 +81,22 @@ def test_skipped_steps_change_nothing_and_are_bounded(prepared, tmp_path):  # no
         again.train()
 
 
-def test_a_skipped_step_leaves_parameters_and_moments(prepared, tmp_path):  # noqa: F811
-    trainer = make(prepared, tmp_path, nonfinite="skip", max_steps=1)
-    before = {name: parameter.clone() for name, parameter in trainer.model.named_parameters()}
-    poison(trainer, {1})
-    trainer.train()
-    assert all(torch.equal(parameter, before[name]) for name, parameter in trainer.model.named_parameters())
-    assert not trainer.optimizer.state
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_skipped_step_leaves_parameters_moments_and_counts(prepared, tmp_path, optimizer):  # noqa: F811
+    """Two good steps and then two bad ones end where two good ones do; only their text and loss are in the log."""
+    ends = []
+    for name, steps in (("good", 2), ("good and bad", 4)):
+        arguments = {"nonfinite": "skip", "optimizer": optimizer, "lr_scheduler_type": "constant", "logging_steps": 1}
+        trainer = make(prepared, tmp_path / name, max_steps=steps, **arguments)
+        poison(trainer, {6, 7})
+        trainer.train()
+        moments = [value for state in trainer.optimizer.state.values() for value in state.values()]
+        counts = [group.get("step") for group in trainer.optimizer.param_groups]
+        logged = [(row["loss"], row["tokens"]) for row in events(tmp_path / name, "train")]
+        ends.append(([*trainer.model.parameters()], [*map(torch.as_tensor, moments)], counts, logged))
+    for first, second in zip(ends[0][:2], ends[1][:2], strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+    assert ends[0][2:] == ends[1][2:]
 
 
 def test_a_leaping_loss_is_recorded_and_nothing_else(prepared, tmp_path):  # noqa: F811

@@ -49,6 +49,8 @@ class PortablePreTrainedModel(PreTrainedModel):
     def save_architecture(self, save_directory) -> None:
         """Everything that `save_pretrained` writes but the weights: for checkpoints that hold those in shards."""
         self._save_sources(Path(save_directory))
+        # As `save_pretrained` does, under whatever name FSDP2 has given the class.
+        self.config.architectures = [type(self).__name__.removeprefix("FSDP")]
         self.config.save_pretrained(save_directory)
         if self.can_generate():
             self.generation_config.save_pretrained(save_directory)
