@@ -332,6 +332,12 @@ class EvalBlocks(Dataset):
         return item
 
 
+def held_out_blocks(prepared: PreparedData, max_blocks: int | None = None) -> dict[str, EvalBlocks]:
+    """`EvalBlocks` of validation and test, of those that hold text."""
+    splits = [split for split in SPLITS if split != "train" and prepared.totals(split)["tokens"]]
+    return {split: EvalBlocks(prepared, split, max_blocks) for split in splits}
+
+
 def mixture_pattern(weights: list[float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """How sources share each run of `MIXTURE_PERIOD` blocks.
 

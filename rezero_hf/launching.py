@@ -17,6 +17,7 @@ from .arguments import sequences_per_step
 from .errors import UserError
 from .optim import gates
 from .planning import describe, make_plan
+from .runs import cores
 
 
 # Of Linux' prctl: the signal to get when the parent process ends.
@@ -120,6 +121,9 @@ def in_effect(trainer, sharding: str) -> list[str]:
         f"{args.world_size} process(es), {args.gradient_accumulation_steps} pass(es)",
         f"  data order   a function of training.seed={args.seed} and the step; any number of processes sees the same",
     ]
+    threads = torch.get_num_threads()
+    if args.device.type == "cpu" and threads < cores() // args.world_size:
+        lines.append(f"  threads      {threads}; more: accelerate launch --num_cpu_threads_per_process N")
     if any(alpha.dtype != torch.float32 for alpha in gates(trainer.model).values()):
         lines.append(
             "  warning      alphas are not fp32: updates smaller than 1/256 of a gate are rounded away and it stops "

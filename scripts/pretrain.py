@@ -12,14 +12,13 @@ import time
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from transformers import set_seed
 
 from rezero_hf.arguments import sequences_per_step
 from rezero_hf.checkpoints import fetch_checkpoint
 from rezero_hf.cli import run
-from rezero_hf.data import SPLITS, EvalBlocks, TrainBlocks, prepare
+from rezero_hf.data import EvalBlocks, TrainBlocks, held_out_blocks, prepare
 from rezero_hf.errors import UserError
 from rezero_hf.export import export_folder, rescue
 from rezero_hf.farewell import farewell, sample
@@ -29,7 +28,7 @@ from rezero_hf.planning import describe, make_plan
 from rezero_hf.recipe import load_recipe
 from rezero_hf.rehearsal import rehearse
 from rezero_hf.run_folder import claim_run_dir
-from rezero_hf.runs import cores, now, provenance, read_metrics
+from rezero_hf.runs import now, provenance, read_metrics
 from rezero_hf.together import everywhere, on_main
 from rezero_hf.tokenization import load_tokenizer, token_byte_lengths
 from rezero_hf.training import ReZeroTrainer, training_steps
@@ -87,11 +86,7 @@ def main(
     blocks_per_step = sequences_per_step(args)
     train_blocks = TrainBlocks(prepared, args.seed, args.max_steps * blocks_per_step)
     eval_blocks = EvalBlocks(prepared, "validation", args.eval_blocks)
-    held_out = {
-        split: EvalBlocks(prepared, split, args.final_eval_blocks)
-        for split in SPLITS
-        if split != "train" and prepared.totals(split)["tokens"]
-    }
+    held_out = held_out_blocks(prepared, args.final_eval_blocks)
     model = ReZeroForCausalLM(config)
 
     # Its lock is held for as long as this process lives.
@@ -114,8 +109,6 @@ def main(
         raise UserError(f"{recipe}: training: {error}") from error
     if main_process:
         print(f"{plan.name}: on {record['device']}")
-        if args.use_cpu and torch.get_num_threads() < cores() // args.world_size:
-            print(f"using {torch.get_num_threads()} thread(s); more: accelerate launch --num_cpu_threads_per_process N")
         if aside:
             print(f"an earlier run is kept in {os.path.relpath(aside)}")
     trainer.add_callback(LaunchReport(trainer, plan.data.block_size))
@@ -154,10 +147,7 @@ def main(
         # The mark of a finished run, so it comes last.
         (output / "run.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
-    given = max(1, plan.data.block_size // 4)
-    prompt = eval_blocks[0]["input_ids"][:given]
-    written = sample(output / "model", tokenizer, prompt, max(1, plan.data.block_size - given))
-    print(f"\n--- {given} held-out tokens, continued by the model ---\n{written}\n---\n")
+    print(sample(output / "model", tokenizer, eval_blocks[0]["input_ids"]))
     print(farewell(output / "model", results, args.max_steps))
 
 

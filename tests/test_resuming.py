@@ -245,7 +245,7 @@ def test_what_cannot_be_resumed_is_one_line(alone, prepared, tmp_path):  # noqa:
         other.train(resume_from_checkpoint=True)
     sharded = make(prepared, tmp_path, optimizer=optimizer)
     sharded.is_fsdp_enabled = True
-    with pytest.raises(UserError, match="was written under none, this launch is under FSDP .*: launch it as before"):
+    with pytest.raises(UserError, match=r"was written under none, this launch is under FSDP .*: launch it as before"):
         sharded.train(resume_from_checkpoint=True)
     weights_only = make(prepared, tmp_path / "weights", save_only_model=True, max_steps=2)
     weights_only.train()
