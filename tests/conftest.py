@@ -69,6 +69,13 @@ def tokenizer():
 
 
 @pytest.fixture
+def uncompiled():
+    """What the library compiles by itself (flex's masks) runs as it is written: the same numbers, and no minute of g++."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@pytest.fixture
 def text_file(tmp_path):
     """A small corpus: one file of four hundred lines."""
     path = tmp_path / "text.txt"

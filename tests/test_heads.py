@@ -91,7 +91,7 @@ def test_masked_prediction_is_not_shifted(tiny_model, ids):
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
-def test_a_masked_model_sees_both_ways_but_no_padding(tiny_model, ids, attention):
+def test_a_masked_model_sees_both_ways_but_no_padding(tiny_model, ids, uncompiled, attention):
     """Changing a later token changes earlier outputs; padding changes none; the causal model is the contrast."""
     model = tiny_model(ReZeroForMaskedLM)
     model.set_attn_implementation(attention)
@@ -107,7 +107,7 @@ def test_a_masked_model_sees_both_ways_but_no_padding(tiny_model, ids, attention
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
-def test_packed_documents_do_not_see_each_other_looking_both_ways(tiny_model, ids, attention):
+def test_packed_documents_do_not_see_each_other_looking_both_ways(tiny_model, ids, uncompiled, attention):
     """A row of two documents, told apart by positions that restart, gives what each gives alone."""
     model = tiny_model(ReZeroForMaskedLM)
     model.set_attn_implementation(attention)

@@ -206,7 +206,7 @@ def test_the_stream_runs_through_the_layers(tiny_model, ids, kind):
 
 
 @kinds
-def test_attention_backends_agree(tiny_model, tokenizer, ids, kind):
+def test_attention_backends_agree(tiny_model, tokenizer, ids, uncompiled, kind):
     """SDPA, eager and flex, switched at run time, give the same logits: full, padded, packed. Eager shows its probabilities.
 
     Flex has no backward pass on a CPU.
