@@ -85,7 +85,10 @@ class LaunchReport(TrainerCallback):
         sharding = sharding_of(model)
         self._check(args, sharding)
         if state.is_world_process_zero:
-            print("\n".join([self._forecast(args, state), *in_effect(self._trainer, sharding)]), flush=True)
+            # The forecast takes seconds that are not training.
+            with self._trainer.throughput.pause():
+                forecast = self._forecast(args, state)
+            print("\n".join([forecast, *in_effect(self._trainer, sharding)]), flush=True)
 
     def _forecast(self, args, state) -> str:
         config, shards = self._trainer.model.config, shards_of(self._trainer.model_wrapped)
