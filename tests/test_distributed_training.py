@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_portable import CAUSAL_LM, finish, start
 
 from rezero_hf import ReZeroForCausalLM
 from rezero_hf.checkpoints import checkpoints_in, verify_checkpoint
@@ -157,6 +158,8 @@ def test_two_processes_go_on_exactly_and_stop_together(folder):
     run_on(2, code, folder)
     said = run_on(1, 'make("fewer", per_device_train_batch_size=4).train(resume_from_checkpoint=True)', folder)
     assert "the checkpoint is of 2 process(es), this launch has 1: the data keep their order" in said
+    newest = checkpoints_in(folder / "alone" / "out")[0]
+    finish(start(folder, CAUSAL_LM, newest, folder / "loaded"))
     plain, fewer = ([row["loss"] for row in rows(folder, name)] for name in ("plain", "fewer"))
     assert fewer == pytest.approx(plain, rel=1e-4)
     assert [row["tokens"] for row in rows(folder, "fewer")] == [row["tokens"] for row in rows(folder, "plain")]
@@ -246,3 +249,5 @@ def test_fully_sharded_training_is_the_same_run(folder):
         trained = torch.load(folder / f"{kind}.pt", weights_only=True)
         for name, tensor in ReZeroForCausalLM.from_pretrained(saved).state_dict().items():
             assert torch.equal(tensor, trained[name]), name
+    # Each in a process that has no such package.
+    finish(*(start(folder, CAUSAL_LM, saved, folder / f"alone{n}") for n, saved in enumerate((whole, exported))))
