@@ -16,7 +16,7 @@ pretrain: $(READY)  ## train the quickstart model on this machine
 test: $(READY)  ## the whole suite, offline, on a CPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(ARGS)
 
-torture: $(READY)  ## kill runs at random, resume them, compare them bit for bit; half an hour
+torture: $(READY)  ## kill runs at random, resume them, compare them bit for bit; ten minutes
 	$(BIN)/python scripts/torture.py $(ARGS)
 
 lint: $(READY)

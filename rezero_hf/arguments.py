@@ -129,3 +129,8 @@ class ReZeroTrainingArguments(TrainingArguments):
 def sequences_per_step(args: TrainingArguments) -> int:
     """Sequences that one optimiser step sees over all processes."""
     return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
+def compute_dtype(args: TrainingArguments) -> torch.dtype:
+    """The type of the matrix products."""
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32

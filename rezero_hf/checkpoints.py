@@ -65,6 +65,27 @@ def finish_checkpoint(folder: Path, record: dict[str, Any]) -> None:
     sync(folder.parent)
 
 
+def record_of(folder: str | Path) -> dict[str, Any]:
+    """What `complete.json` says; its files are for `verify_checkpoint` to compare.
+
+    Raises:
+        IncompleteCheckpointError: there is none, it cannot be read, or it is of another format.
+    """
+    folder = Path(folder)
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        version, _ = manifest["format"], manifest["files"]
+    except OSError:
+        raise IncompleteCheckpointError(f"{folder} has no {MANIFEST}: it was never finished") from None
+    except (ValueError, KeyError, TypeError):
+        raise IncompleteCheckpointError(f"{folder / MANIFEST} is damaged") from None
+    if version != FORMAT_VERSION:
+        raise IncompleteCheckpointError(
+            f"{folder} has format {version}, this version reads {FORMAT_VERSION}: resume with the version that wrote it"
+        )
+    return manifest
+
+
 def verify_checkpoint(folder: str | Path) -> dict[str, Any]:
     """Compare every file with the size and hash it was written with.
 
@@ -81,17 +102,8 @@ def verify_checkpoint(folder: str | Path) -> dict[str, Any]:
         IncompleteCheckpointError: a file is missing, has changed, or was not vouched for.
     """
     folder = Path(folder)
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        expected, version = manifest["files"], manifest["format"]
-    except OSError:
-        raise IncompleteCheckpointError(f"{folder} has no {MANIFEST}: it was never finished") from None
-    except (ValueError, KeyError, TypeError):
-        raise IncompleteCheckpointError(f"{folder / MANIFEST} is damaged") from None
-    if version != FORMAT_VERSION:
-        raise IncompleteCheckpointError(
-            f"{folder} has format {version}, this version reads {FORMAT_VERSION}: resume with the version that wrote it"
-        )
+    manifest = record_of(folder)
+    expected = manifest["files"]
     found = set(_names(folder))
     for name in sorted(expected):
         if name not in found:
@@ -154,7 +166,8 @@ def fetch_checkpoint(source: str, into: Path) -> Path:
     Raises:
         UserError: there is no complete checkpoint.
     """
-    if Path(source).is_dir():
+    local = Path(source).is_dir()
+    if local:
         found, skipped = Path(source).absolute(), []
     else:
         repository, _, revision = source.partition("@")
@@ -172,7 +185,8 @@ def fetch_checkpoint(source: str, into: Path) -> Path:
     if found is None or _NAME.fullmatch(found.name) is None:
         there = "; ".join(skipped) or "a checkpoint's folder is called checkpoint-N"
         raise UserError(f"{source} holds no complete checkpoint ({there})")
-    record = verify_checkpoint(found)
+    # The Hub's was verified when it was chosen.
+    record = verify_checkpoint(found) if local else record_of(found)
     target = into / found.name
     partial = begin_checkpoint(target)
     shutil.copytree(found, partial, dirs_exist_ok=True)

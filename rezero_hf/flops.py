@@ -3,7 +3,9 @@
 import re
 
 import torch
+from transformers import TrainingArguments
 
+from .arguments import compute_dtype
 from .models import ReZeroConfig
 
 
@@ -79,3 +81,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     if dtype is torch.float32:
         return 1e12 * (tf32 if torch.backends.cuda.matmul.fp32_precision == "tf32" else single)
     return 1e12 * half if dtype in (torch.bfloat16, torch.float16) else None
+
+
+def peak_for(args: TrainingArguments) -> float | None:
+    """The peak to reckon a run's MFU with: `args.peak_flops` where it is set, else that of its device and precision."""
+    return getattr(args, "peak_flops", None) or peak_flops(args.device, compute_dtype(args))

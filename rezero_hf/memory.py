@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from .arguments import ReZeroTrainingArguments
+from .arguments import ReZeroTrainingArguments, compute_dtype
 from .models import ReZeroConfig, ReZeroForCausalLM, ReZeroForMaskedLM
 from .optim import make_optimizer
 
@@ -57,11 +57,6 @@ class MemoryPlan:
 def language_model(config: ReZeroConfig) -> nn.Module:
     """A new model of that configuration with a head over the vocabulary: causal, or masked where it looks both ways."""
     return ReZeroForCausalLM(config) if config.is_causal else ReZeroForMaskedLM(config)
-
-
-def compute_dtype(args: ReZeroTrainingArguments) -> torch.dtype:
-    """The type of the matrix products."""
-    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
 
 
 def plan_memory(

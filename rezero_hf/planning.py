@@ -7,8 +7,8 @@ import torch
 
 from .arguments import ReZeroTrainingArguments
 from .errors import UserError
-from .flops import flops_per_token, peak_flops
-from .memory import MemoryPlan, compute_dtype, language_model, plan_memory
+from .flops import flops_per_token, peak_for
+from .memory import MemoryPlan, language_model, plan_memory
 from .models import ReZeroConfig
 
 
@@ -120,7 +120,7 @@ def make_plan(
         checkpointing=bool(args.activation_checkpointing),
         plain=plain,
         checkpointed=checkpointed,
-        peak=args.peak_flops or peak_flops(args.device, compute_dtype(args)),
+        peak=peak_for(args),
         capacity=torch.cuda.get_device_properties(args.device).total_memory if on_gpu else None,
     )
 

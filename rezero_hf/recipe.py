@@ -53,14 +53,8 @@ CIRCUMSTANCES = (
     *("per_device_*_batch_size", "gradient_accumulation_steps", "eval_accumulation_steps"),
     *("logging_*", "log_*", "report_to", "run_name", "project", "trackio_*", "disable_tqdm", "debug", "peak_flops"),
     *("save_*", "push_to_hub", "hub_*", "dataloader_*", "ddp_*", "fsdp*", "deepspeed", "parallelism_config"),
-    *(
-        "accelerator_config",
-        "use_cpu",
-        "torch_compile*",
-        "tf32",
-        "activation_checkpointing*",
-        "gradient_checkpointing*",
-    ),
+    *("accelerator_config", "use_cpu", "torch_compile*", "tf32"),
+    *("activation_checkpointing*", "gradient_checkpointing*"),
     *("nonfinite", "max_skipped_steps", "final_eval_blocks", "torch_empty_cache_steps", "skip_memory_metrics"),
 )
 
@@ -193,24 +187,23 @@ def load_recipe(path: str | Path, overrides: typing.Iterable[str] = (), smoke: b
     return Recipe(name=str(name), path=str(path), model=model, data=data, training=training)
 
 
-def changed_words(before: str, after: str) -> tuple[list[str], list[str]]:
-    """Where two resolved recipes differ, as lines `section.key: OLD -> NEW`.
+def changed_words(before: str, after: str) -> list[str]:
+    """Where two resolved recipes differ in what a run computes, as lines `section.key: OLD -> NEW`.
+
+    Words of `CIRCUMSTANCES` may differ.
 
     Args:
         before, after: resolved recipes, as YAML.
-
-    Returns:
-        The words that decide what a run computes, and those of `CIRCUMSTANCES`.
     """
-    binding, free = [], []
+    changed = []
     old, new = (yaml.safe_load(text) for text in (before, after))
     for section in ("model", "data", "training"):
         for key in sorted(old.get(section, {}).keys() | new[section].keys()):
             was, now = old.get(section, {}).get(key), new[section].get(key)
-            if was != now:
-                circumstance = section == "training" and any(fnmatch(key, pattern) for pattern in CIRCUMSTANCES)
-                (free if circumstance else binding).append(f"{section}.{key}: {was} -> {now}")
-    return binding, free
+            circumstance = section == "training" and any(fnmatch(key, pattern) for pattern in CIRCUMSTANCES)
+            if was != now and not circumstance:
+                changed.append(f"{section}.{key}: {was} -> {now}")
+    return changed
 
 
 def name_is_plain(name: Any) -> bool:

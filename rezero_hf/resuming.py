@@ -18,6 +18,7 @@ from .checkpoints import (
     finish_checkpoint,
     newest_complete,
     partial_of,
+    record_of,
     rotate,
     verify_checkpoint,
 )
@@ -90,9 +91,10 @@ class ResumableTrainer(Trainer):
                 there = "\n  ".join(skipped) or "there is none"
                 where = self.args.output_dir
                 raise UserError(f"{where} has no complete checkpoint to go on from; --restart begins anew:\n  {there}")
+            record = record_of(folder)
         else:
             folder, skipped = Path(where), []
-        record = verify_checkpoint(folder)
+            record = verify_checkpoint(folder)
         if not record["resumable"]:
             raise UserError(f"{folder} holds weights alone (save_only_model); a run cannot go on from it.")
         progress = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
@@ -145,8 +147,7 @@ class ResumableTrainer(Trainer):
 
     def save_model(self, output_dir=None, _internal_call=False) -> None:
         super().save_model(output_dir, _internal_call)
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        if plugin is not None and "SHARDED" in str(plugin.state_dict_type) and self.args.should_save:
+        if self._state_dict_kind() == "SHARDED_STATE_DICT" and self.args.should_save:
             # The library leaves this folder empty; the weights follow in shards, which `scripts/export.py` joins.
             self.accelerator.unwrap_model(self.model).save_architecture(output_dir or self.args.output_dir)
             if self.processing_class is not None:
@@ -239,6 +240,7 @@ class ResumableTrainer(Trainer):
     def _restore_log(self, saved: Path) -> None:
         """Put the log back to the checkpoint's step, but keep what it says of stops, resumes and saves until then."""
         text = saved.read_text(encoding="utf-8")
+        known = set(text.splitlines())
         lines = self.log_file.read_text(encoding="utf-8").splitlines() if self.log_file.exists() else []
         for line in lines:
             try:
@@ -249,7 +251,7 @@ class ResumableTrainer(Trainer):
             past = row["event"] in ("resume", "nonfinite") or (
                 row["event"] == "save" and row["step"] <= self.state.global_step
             )
-            if past and line not in text:
+            if past and line not in known:
                 text += line + "\n"
         write_whole(self.log_file, text)
 

@@ -73,9 +73,9 @@ def _is_interrupted(path: Path) -> bool:
 
 
 def _check_same_run(path: Path, recipe: str) -> None:
-    binding, _ = changed_words((path / "recipe.yaml").read_text(encoding="utf-8"), recipe)
-    if binding:
+    changed = changed_words((path / "recipe.yaml").read_text(encoding="utf-8"), recipe)
+    if changed:
         raise UserError(
-            f"{path} holds an interrupted run of another recipe ({'; '.join(binding[:4])}): put that back to go on "
+            f"{path} holds an interrupted run of another recipe ({'; '.join(changed[:4])}): put that back to go on "
             "with it, give --restart to move it aside, or choose another folder with --output."
         )

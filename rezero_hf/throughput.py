@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import TrainingArguments
 
-from .flops import flops_per_token, peak_flops
+from .flops import flops_per_token, peak_for
 
 
 T = TypeVar("T")
@@ -27,8 +27,7 @@ class Throughput:
 
     def __init__(self, args: TrainingArguments, model: nn.Module):
         self._args, self._config = args, model.config
-        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-        self._peak = getattr(args, "peak_flops", None) or peak_flops(args.device, dtype)
+        self._peak = peak_for(args)
         self.start()
 
     def start(self, run: float = 0.0, interval: float = 0.0, waited: float = 0.0) -> None:

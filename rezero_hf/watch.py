@@ -84,11 +84,11 @@ class StepWatch(TrainerCallback):
         if not math.isfinite(loss) or not (math.isfinite(norm) or args.fp16):
             self._not_finite(args, state, loss, norm)
             return
-        window, blocks = list(self._recent), self._blocks(state.global_step)
-        if len(window) >= SPIKE_WINDOW // 2 and loss > fmean(window) + SPIKE_DEVIATIONS * max(pstdev(window), 1e-3):
-            usual = fmean(window)
-            row = {"event": "spike", "step": state.global_step + 1, "loss": loss, "usual": usual, "blocks": blocks}
-            self._trainer.record(state, row)
+        if len(self._recent) >= SPIKE_WINDOW // 2:
+            usual = fmean(self._recent)
+            if loss > usual + SPIKE_DEVIATIONS * max(pstdev(self._recent), 1e-3):
+                row = {"event": "spike", "step": state.global_step + 1, "loss": loss, "usual": usual}
+                self._trainer.record(state, {**row, "blocks": self._blocks(state.global_step)})
         self._recent.append(loss)
 
     def on_optimizer_step(self, args, state, control, **kwargs):
