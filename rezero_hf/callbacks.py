@@ -46,21 +46,29 @@ class MetricsLog(TrainerCallback):
         self.append(state, row)
 
     def append(self, state, row: dict) -> None:
-        """Write one row, on the main process. A number that is not finite, which JSON has no word for, becomes null.
+        """Write one row, on the main process.
 
         Raises:
             UserError: it cannot be written.
         """
-        if not state.is_world_process_zero:
-            return
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(_finite(row), allow_nan=False) + "\n")
-        except OSError as error:
-            raise UserError(
-                f"{self.path}: {error.strerror}; the same command goes on from the last complete checkpoint."
-            ) from error
+        if state.is_world_process_zero:
+            append_row(self.path, row)
+
+
+def append_row(path: Path, row: dict) -> None:
+    """Add one JSON object to a file of one a line. A number that is not finite, which JSON lacks, becomes null.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(_finite(row), allow_nan=False) + "\n")
+    except OSError as error:
+        raise UserError(
+            f"{path}: {error.strerror}; the same command goes on from the last complete checkpoint."
+        ) from error
 
 
 def _finite(value):

@@ -16,11 +16,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import UserError
 from .figures import gate_history, gate_map, loss_curve
 from .hub import render_card
+from .runs import read_metrics
 from .verification import CheckpointError, scrub, verify_folder
 
 
@@ -45,6 +46,11 @@ EXPORTED = (
     "figures/*.png",
     "README.md",
 )
+
+
+def is_exported(name: str) -> bool:
+    """Whether a file's path inside its folder is one that an export writes."""
+    return any(fnmatch(name, pattern) and name.count("/") == pattern.count("/") for pattern in EXPORTED)
 
 
 def export_folder(
@@ -91,24 +97,11 @@ def export_folder(
     partial.mkdir(parents=True)
     try:
         _write_model(model, tokenizer, partial, state_dict)
-        run = scrub(run) if run else None
-        recipe_text = scrub(recipe_text, names=False) if recipe_text else None
-        if recipe_text:
-            (partial / "recipe.yaml").write_text(recipe_text, encoding="utf-8")
-        if run:
-            (partial / "run.json").write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+        write_records(partial, run, recipe_text)
         if metrics:
             rows = "".join(json.dumps(row) + "\n" for row in metrics)
             (partial / "metrics.jsonl").write_text(rows, encoding="utf-8")
-        render_card(
-            run,
-            model.config,
-            metrics=metrics,
-            recipe_text=recipe_text,
-            figures=_write_figures(metrics or [], partial),
-            repo_id=repo_id,
-            previous=old_card,
-        ).save(partial / "README.md")
+        describe_folder(partial, repo_id=repo_id, previous=old_card)
         try:
             verify_folder(partial)
         except CheckpointError as error:
@@ -117,6 +110,49 @@ def export_folder(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def write_records(folder: Path, run: dict[str, Any] | None, recipe_text: str | None) -> None:
+    """Put what is known of the run beside a model, without host and user names and absolute paths.
+
+    Args:
+        folder: where; gets `run.json` and `recipe.yaml`, each if there is one.
+        run, recipe_text: as in `export_folder`.
+    """
+    if recipe_text:
+        (folder / "recipe.yaml").write_text(scrub(recipe_text, names=False), encoding="utf-8")
+    if run:
+        (folder / "run.json").write_text(json.dumps(scrub(run), indent=2) + "\n", encoding="utf-8")
+
+
+def describe_folder(
+    folder: Path, *, figures: bool = True, repo_id: str | None = None, previous: str | None = None
+) -> None:
+    """Render the card, and draw the figures, of a folder from what is in it.
+
+    Args:
+        folder: holds `config.json`, and as far as they exist `run.json`, `metrics.jsonl` and `recipe.yaml`.
+        figures: draw them. Without, the card shows none.
+        repo_id: `ORG/NAME` on the Hub, for the usage snippets.
+        previous: the card whose user's section is to be kept. None (default): the one in the folder, if any.
+
+    Raises:
+        UserError: that card has lost the markers around the user's section.
+    """
+    card, records = folder / "README.md", [folder / name for name in ("run.json", "metrics.jsonl", "recipe.yaml")]
+    if previous is None and card.exists():
+        previous = card.read_text(encoding="utf-8")
+    run, metrics, recipe = (path if path.exists() else None for path in records)
+    rows = read_metrics(metrics) if metrics else []
+    render_card(
+        json.loads(run.read_text(encoding="utf-8")) if run else None,
+        AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False),
+        metrics=rows,
+        recipe_text=recipe.read_text(encoding="utf-8") if recipe else None,
+        figures=_write_figures(rows, folder) if figures else (),
+        repo_id=repo_id,
+        previous=previous,
+    ).save(card)
 
 
 @contextmanager
@@ -154,15 +190,16 @@ def _write_model(
         generation_config._from_model_config = False
     # Trainer switches the cache off in the configuration of the model it trains.
     with (
-        _temporarily(model.config, **ids, use_cache=True),
-        _temporarily(model, generation_config=generation_config),
+        temporarily(model.config, **ids, use_cache=True),
+        temporarily(model, generation_config=generation_config),
     ):
         model.save_pretrained(folder, state_dict=state_dict)
     tokenizer.save_pretrained(folder)
 
 
 @contextmanager
-def _temporarily(target: Any, **values: Any) -> Iterator[None]:
+def temporarily(target: Any, **values: Any) -> Iterator[None]:
+    """Give an object's attributes other values inside the block."""
     before = {name: getattr(target, name, None) for name in values}
     for name, value in values.items():
         setattr(target, name, value)
@@ -203,7 +240,7 @@ def _refuse_strange_files(folder: Path) -> None:
     strange = [
         name
         for name in (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if not path.is_dir())
-        if not any(fnmatch(name, pattern) and name.count("/") == pattern.count("/") for pattern in EXPORTED)
+        if not is_exported(name)
     ]
     if strange:
         raise UserError(

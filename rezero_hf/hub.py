@@ -102,6 +102,7 @@ def render_card(
         card_data,
         template_str=files("rezero_hf").joinpath("card_template.md").read_text(encoding="utf-8"),
         name=name,
+        unfinished=run.get("unfinished"),
         depth=config.num_hidden_layers,
         parameters=f"{run['parameters']:,}" if run.get("parameters") else None,
         sources=_join(SOURCES.get(source, {}).get("title", f"`{source}`") for source in sources),

@@ -42,7 +42,13 @@ def check_launch() -> None:
             "instead of --cpu, with training.use_cpu=true). If one process is what you want, unset MASTER_ADDR and "
             "MASTER_PORT."
         )
-    if "ACCELERATE_MIXED_PRECISION" in os.environ and "RANK" not in os.environ and sys.platform == "linux":
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and "RANK" not in os.environ:
+        end_with_parent()
+
+
+def end_with_parent() -> None:
+    """Have this process told to end (SIGTERM) when the one that started it is gone. Linux alone can."""
+    if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 

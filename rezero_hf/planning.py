@@ -27,6 +27,7 @@ class RunPlan:
         plain, checkpointed: memory without and with that.
         peak: FLOP/s of one device; None where it is not known.
         capacity: bytes of one device; None where the device at hand is not a GPU.
+        on_cpu: whether the devices are CPUs.
     """
 
     parameters: int
@@ -40,6 +41,7 @@ class RunPlan:
     checkpointed: MemoryPlan
     peak: float | None
     capacity: int | None
+    on_cpu: bool
 
     @property
     def memory(self) -> MemoryPlan:
@@ -122,6 +124,7 @@ def make_plan(
         checkpointed=checkpointed,
         peak=peak_for(args),
         capacity=torch.cuda.get_device_properties(args.device).total_memory if on_gpu else None,
+        on_cpu=(device or args.device.type) == "cpu",
     )
 
 
@@ -157,6 +160,12 @@ def describe(plan: RunPlan, mfu: float = 0.4) -> str:
         f"memory  {_si(memory.peak)}B per device{fits} ({shown}; not all at once)",
         f"        that is {on} activation checkpointing; {off} it {_si(other.peak)}B",
     ]
+    if plan.on_cpu:
+        # Measured at 50M parameters in fp32: 2.34 GB instead of 1.74, and steps of 9.0 s instead of 10.8.
+        lines.append(
+            "        on a CPU glibc's heap may hold a third more; MALLOC_MMAP_THRESHOLD_=1048576 in the environment keeps "
+            "it to this, at a tenth of the speed or more"
+        )
     if plan.peak is not None:
         hours = plan.hours(mfu)
         total = f"{hours:,.2f} hours, {hours * plan.world_size:,.2f} device hours"

@@ -41,7 +41,7 @@ NOT_OURS = {
     "enable_jit_checkpoint": "a run told to stop (SIGTERM) saves by itself",
     "ignore_data_skip": "a resumed run would see its text again",
     "auto_find_batch_size": "another batch would be another run; --dry_run says what fits",
-    "push_to_hub": "runs do not push by themselves yet; upload a model or checkpoint with `hf upload`",
+    "hub_always_push": "of the saves that wait for a push only the newest is kept",
     "do_train": "scripts/pretrain.py always trains",
     "do_eval": "scripts/pretrain.py always evaluates",
     "do_predict": "scripts/pretrain.py always evaluates",

@@ -24,6 +24,7 @@ from .checkpoints import (
 )
 from .durable import write_whole
 from .errors import UserError
+from .export import temporarily
 from .launching import is_sharded, sharding_of
 from .together import everywhere, on_main
 
@@ -160,7 +161,9 @@ class ResumableTrainer(Trainer):
         for callback in (*self.callback_handler.callbacks, self.control):
             if isinstance(callback, ExportableState):
                 self.state.stateful_callbacks[type(callback).__name__] = callback.state()
-        self.state.save_to_json(str(partial / "trainer_state.json"))
+        # Where this machine keeps the best one is nobody else's business; resuming finds it by its step.
+        with temporarily(self.state, best_model_checkpoint=None):
+            self.state.save_to_json(str(partial / "trainer_state.json"))
         write_whole(partial / PROGRESS, json.dumps(progress, indent=1) + "\n")
         if self.log_file is not None and self.log_file.exists():
             write_whole(partial / LOG, self.log_file.read_text(encoding="utf-8"))

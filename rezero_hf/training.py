@@ -1,5 +1,5 @@
 """What Transformers' Trainer lacks for ReZero pretraining, and nothing else: gate groups, bits per byte, records of the
-run, a watch over every step. Saving and resuming are in `resuming.py`."""
+run, a watch over every step. Saving and resuming are in `resuming.py`, what becomes of a save in `pushing.py`."""
 
 import math
 import signal
@@ -23,7 +23,8 @@ from .errors import UserError
 from .flops import flops_per_token
 from .models import ReZeroConfig
 from .optim import make_optimizer
-from .resuming import LOG, ResumableTrainer
+from .pushing import PushingTrainer
+from .resuming import LOG
 from .throughput import Throughput
 from .watch import StepWatch
 
@@ -43,8 +44,8 @@ def training_steps(args: ReZeroTrainingArguments, prepared: PreparedData) -> int
     return steps
 
 
-class ReZeroTrainer(ResumableTrainer):
-    """`ResumableTrainer` with parameter groups that know gates, evaluation in bits per byte, and a record of the run.
+class ReZeroTrainer(PushingTrainer):
+    """`PushingTrainer` with parameter groups that know gates, evaluation in bits per byte, and a record of the run.
 
     Takes what `Trainer` takes, and:
 
@@ -65,7 +66,7 @@ class ReZeroTrainer(ResumableTrainer):
         run_dir: str | Path | None = None,
         **kwargs,
     ):
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, run_dir=run_dir, **kwargs)
         self.token_bytes = None if token_bytes is None else torch.as_tensor(token_bytes, device=self.args.device)
         if self.token_bytes is not None and self.compute_metrics is None:
             self.compute_metrics = _sum_over_text
@@ -178,6 +179,17 @@ class ReZeroTrainer(ResumableTrainer):
             super()._save_checkpoint(model, trial)
         seconds = round(time.perf_counter() - started, 3)
         self.record(self.state, {"event": "save", "step": self.state.global_step, "seconds": seconds})
+
+    def run_so_far(self) -> dict[str, Any]:
+        run, state = super().run_so_far(), self.state
+        if state.global_step < state.max_steps:
+            run["training_seconds"] = self.throughput.seconds()
+            if "tokens" in run:
+                run["tokens"] = run["tokens"] * state.global_step // state.max_steps
+        measured = next((row for row in reversed(state.log_history) if "eval_bits_per_byte" in row), None)
+        if measured is not None:
+            run["results"] = {"validation": {name: measured[f"eval_{name}"] for name in MEASURED}}
+        return run
 
     def own_state(self) -> dict[str, Any]:
         shared = {"tokens": self._tokens, "clock": self.throughput.state()}

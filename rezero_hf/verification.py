@@ -86,6 +86,19 @@ def verify_folder(folder: str | Path) -> None:
         raise CheckpointError(folder, problems)
 
 
+def verify_text(folder: str | Path) -> None:
+    """Check that the text of a folder holds no tokens, absolute paths, host or user names, whatever else it holds.
+
+    Raises:
+        CheckpointError: Lists every problem, one a line.
+    """
+    folder = Path(folder)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    problems = [line for path in files for line in _check_text(path, path.relative_to(folder).as_posix())]
+    if problems:
+        raise CheckpointError(folder, problems)
+
+
 def scrub(record: Any, names: bool = True) -> Any:
     """Copy a record without what only the machine it was made on needs to know.
 

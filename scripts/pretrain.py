@@ -88,6 +88,17 @@ def main(
     eval_blocks = EvalBlocks(prepared, "validation", args.eval_blocks)
     held_out = held_out_blocks(prepared, args.final_eval_blocks)
     model = ReZeroForCausalLM(config)
+    record |= {
+        "name": plan.name,
+        "recipe_file": str(recipe),
+        "overrides": overrides or [],
+        "smoke": smoke,
+        "world_size": args.world_size,
+        "seed": args.seed,
+        "parameters": model.num_parameters(),
+        "tokens": args.max_steps * blocks_per_step * plan.data.block_size,
+        "data": prepared.record(),
+    }
 
     # Its lock is held for as long as this process lives.
     claimed = []
@@ -104,6 +115,8 @@ def main(
             processing_class=tokenizer,
             token_bytes=token_bytes,
             run_dir=output,
+            run=record,
+            recipe_text=resolved,
         )
     except (RuntimeError, ImportError) as error:
         raise UserError(f"{recipe}: training: {error}") from error
@@ -126,18 +139,9 @@ def main(
         if not main_process:
             return
         record |= {
-            "name": plan.name,
-            "recipe_file": str(recipe),
-            "overrides": overrides or [],
-            "smoke": smoke,
             "finished": now(),
             "wall_seconds": round(time.perf_counter() - started, 1),
             "training_seconds": training_seconds,
-            "world_size": args.world_size,
-            "seed": args.seed,
-            "parameters": model.num_parameters(),
-            "tokens": args.max_steps * blocks_per_step * plan.data.block_size,
-            "data": prepared.record(),
             "results": results,
         }
         metrics = read_metrics(output / "metrics.jsonl")
@@ -149,6 +153,8 @@ def main(
 
     print(sample(output / "model", tokenizer, eval_blocks[0]["input_ids"]))
     print(farewell(output / "model", results, args.max_steps))
+    if trainer.pushes is not None:
+        print(trainer.pushes.finish(output / "model", args.max_steps))
 
 
 if __name__ == "__main__":

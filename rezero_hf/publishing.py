@@ -1,0 +1,222 @@
+"""A folder to a Hub repository: one commit, tried again while that can help, and never twice.
+
+What is on the Hub always loads: weights, code, tokenizer and card go in the same commit, and files of an earlier push
+that the new one does not have leave in it too.
+"""
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalTokenNotFoundError,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+
+from .errors import UserError
+from .export import is_exported
+from .hub import USER_SECTION, user_section
+
+
+# Answers after which the same request may succeed: the server is busy, or somebody else has committed meanwhile.
+PASSING = {408, 409, 412, 425, 429, 500, 502, 503, 504}
+# What the client raises when the network or the Hub is at fault. A failed upload of a large file is a RuntimeError with
+# one of the others as its cause.
+FAILURES = (OSError, HTTPError, HFValidationError, RuntimeError)
+# Seconds before the second attempt; doubled every time up to the last one. The Hub allows 128 commits an hour.
+FIRST_WAIT, LONGEST_WAIT = 2.0, 300.0
+
+
+class PushError(UserError):
+    """The Hub could not be reached, or refused; trying again now would not help."""
+
+
+@dataclass(frozen=True)
+class Repository:
+    """Where to push.
+
+    Args:
+        name: `ORG/NAME`, or `NAME` under the account that is logged in.
+        revision: a branch, made when missing; None is `main`.
+        private: of a repository that does not exist yet; None is the account's default.
+        token: None (default) is the one of `hf auth login` or `HF_TOKEN`.
+    """
+
+    name: str
+    revision: str | None = None
+    private: bool | None = None
+    token: str | None = None
+
+    def __str__(self) -> str:
+        return self.name + (f"@{self.revision}" if self.revision else "")
+
+    def prepare(self, api: HfApi) -> str:
+        """Make repository and branch if they are missing; returns the full name."""
+        name = api.create_repo(self.name, private=self.private, token=self.token, exist_ok=True).repo_id
+        if self.revision:
+            api.create_branch(name, branch=self.revision, token=self.token, exist_ok=True)
+        return name
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What a push came to: the commit that holds the folder, how often it was tried, and the seconds it took."""
+
+    commit: str
+    attempts: int
+    seconds: float
+
+
+def push_folder(
+    folder: str | Path,
+    repository: Repository,
+    message: str,
+    *,
+    keep: Sequence[str] = (),
+    patience: float = 1800.0,
+    tell: Callable[[str], None] = lambda line: None,
+    api: HfApi | None = None,
+) -> Pushed:
+    """Upload a folder in one commit.
+
+    Repeating it is harmless: files that are there already are not uploaded again, and if all are, nothing is committed.
+    So an answer that was lost on the way cannot lead to a second commit. Of the card on the Hub the user's section is
+    kept. Other people's files there stay; those that only an earlier push can have left go.
+
+    Args:
+        folder: what to upload, all of it. It should verify (`verify_folder`); it is not checked here.
+        repository: where to.
+        message: of the commit.
+        keep: patterns of files in the repository that stay although the folder lacks them.
+        patience: seconds during which failures that may pass are tried again.
+        tell: called with a line before each wait.
+        api: the client; default, one made here.
+
+    Returns:
+        The commit.
+
+    Raises:
+        PushError: no access, no such place, the Hub refuses the files, or `patience` is over.
+        UserError: the card on the Hub is somebody's own.
+    """
+    folder, api = Path(folder), api or HfApi(library_name="rezero_hf")
+    started, attempts, delay = time.monotonic(), 0, FIRST_WAIT
+    while True:
+        attempts += 1
+        try:
+            commit = _commit(folder, repository, message, keep, api)
+            return Pushed(commit, attempts, round(time.monotonic() - started, 3))
+        except FAILURES as error:
+            why = _one_line(error)
+            if not _may_pass(error):
+                raise PushError(f"{repository}: {why}") from error
+            pause = _asked_to_wait(error) or delay * random.uniform(0.75, 1.25)
+            if time.monotonic() - started + pause > patience:
+                raise PushError(f"{repository}: gave up after {attempts} attempt(s): {why}") from error
+            tell(f"push to {repository}: {why}; trying again in {pause:.0f} s")
+            time.sleep(pause)
+            delay = min(2 * delay, LONGEST_WAIT)
+
+
+def check_access(repository: Repository, api: HfApi | None = None) -> str | None:
+    """Find out before hours of training whether a push could work; makes the repository if it is missing.
+
+    Returns:
+        None, or why the Hub cannot be asked just now (which may pass).
+
+    Raises:
+        PushError: nobody is logged in, the token may not write there, or the name is none.
+    """
+    api = api or HfApi(library_name="rezero_hf")
+    try:
+        name = repository.prepare(api)
+        api.auth_check(name, token=repository.token, write=True)
+    except FAILURES as error:
+        if _may_pass(error):
+            return _one_line(error)
+        raise PushError(
+            f"{repository}: {_one_line(error)}; log in with `hf auth login` as somebody who may write there, or set "
+            "training.push_to_hub=false"
+        ) from error
+    return None
+
+
+def _commit(folder: Path, repository: Repository, message: str, keep: Sequence[str], api: HfApi) -> str:
+    name = repository.prepare(api)
+    branch, token = repository.revision or "main", repository.token
+    head = api.repo_info(name, revision=branch, token=token)
+    there = {file.rfilename for file in head.siblings or ()}
+    local = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    operations: list[CommitOperationAdd | CommitOperationDelete] = []
+    for path_in_repo, path in local.items():
+        ours = path_in_repo != "README.md" or path_in_repo not in there
+        operations.append(CommitOperationAdd(path_in_repo, path if ours else _card(path, name, head.sha, api, token)))
+    gone = [file for file in sorted(there - local.keys()) if is_ours(file) and not any(fnmatch(file, p) for p in keep)]
+    operations += [CommitOperationDelete(file) for file in gone]
+    disable_progress_bars("huggingface_hub.lfs_upload")
+    try:
+        # The commit builds on what was just looked at; one that somebody made meanwhile is answered with 412.
+        commit = api.create_commit(
+            name, operations, commit_message=message, revision=branch, parent_commit=head.sha, token=token
+        )
+    finally:
+        enable_progress_bars("huggingface_hub.lfs_upload")
+    return commit.oid
+
+
+def is_ours(name: str) -> bool:
+    """Whether a file of a repository is one that only a push of this package writes."""
+    return is_exported(name) or fnmatch(name, "checkpoint-[0-9]*/*")
+
+
+def _card(path: Path, name: str, revision: str, api: HfApi, token: str | None) -> bytes:
+    """The card in the folder, with what its reader has written into the one on the Hub."""
+    old = Path(api.hf_hub_download(name, "README.md", revision=revision, token=token)).read_text(encoding="utf-8")
+    kept = user_section(old)
+    if kept is None:
+        raise UserError(
+            f"{name}: the README.md there is not one of this package's, and would be lost; put the lines "
+            f"{USER_SECTION[0]!r} and {USER_SECTION[1]!r} around what to keep, or delete it"
+        )
+    begin, end = USER_SECTION
+    new = path.read_text(encoding="utf-8")
+    before, after = new[: new.index(begin) + len(begin)], new[new.index(end) :]
+    return (f"{before}\n\n{kept}\n\n{after}" if kept else f"{before}\n\n{after}").encode()
+
+
+def _may_pass(error: Exception) -> bool:
+    error = _reason(error)
+    if isinstance(error, LocalTokenNotFoundError | RepositoryNotFoundError | HFValidationError | RuntimeError):
+        return False
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code in PASSING
+    # What is left of OSError is the network's, or a file of the folder that cannot be read.
+    return not isinstance(error, FileNotFoundError | PermissionError)
+
+
+def _reason(error: Exception) -> Exception:
+    """What is behind a RuntimeError of the client's upload threads."""
+    while isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    return error
+
+
+def _asked_to_wait(error: Exception) -> float | None:
+    """The seconds of a Retry-After header."""
+    error = _reason(error)
+    headers = error.response.headers if isinstance(error, HfHubHTTPError) else {}
+    value = headers.get("retry-after", "")
+    return float(value) if value.isdigit() else None
+
+
+def _one_line(error: Exception) -> str:
+    error = _reason(error)
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
