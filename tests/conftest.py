@@ -11,6 +11,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from hub_server import HubServer  # noqa: E402
+from huggingface_hub import close_session, constants  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 from rezero_hf import ReZeroConfig, ReZeroForCausalLM, byte_tokenizer  # noqa: E402
@@ -87,6 +89,27 @@ def text_file(tmp_path):
 def ids():
     """Two rows of twelve random bytes."""
     return torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub on this machine, for new processes (`hub.environment`) and for the libraries in this one.
+
+    They read their settings at import, where the tests' are "offline".
+    """
+    with HubServer() as server:
+        changes = {
+            "ENDPOINT": server.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_XET": True,
+            "HF_HUB_CACHE": str(tmp_path / "hub"),
+        }
+        for name, value in changes.items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setenv("HF_TOKEN", server.token)
+        yield server
+        close_session()
 
 
 def switch_on(model):
