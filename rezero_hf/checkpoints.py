@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
+from filelock import FileLock
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -154,11 +155,14 @@ def newest_complete(folder: str | Path) -> tuple[Path | None, list[str]]:
 def fetch_checkpoint(source: str, into: Path) -> Path:
     """Bring a checkpoint from elsewhere to where a run looks for its own.
 
+    Every process of a run may call it: the first does the work, the others wait for its lock, which no collective times
+    out on.
+
     Args:
         source: a checkpoint's folder; or `ORG/NAME` or `ORG/NAME@REVISION` of a Hub repository that holds folders
             `checkpoint-N`, of which the newest complete one is taken. Nothing of it is run; one in shards, which torch
             describes in a pickle, is refused.
-        into: the run's folder of checkpoints.
+        into: the run's folder of checkpoints, which holds none yet.
 
     Returns:
         The checkpoint there.
@@ -166,6 +170,12 @@ def fetch_checkpoint(source: str, into: Path) -> Path:
     Raises:
         UserError: there is no complete checkpoint.
     """
+    into.mkdir(parents=True, exist_ok=True)
+    with FileLock(into.parent / ".fetch.lock"):
+        return next(iter(checkpoints_in(into)), None) or _fetch(source, into)
+
+
+def _fetch(source: str, into: Path) -> Path:
     local = Path(source).is_dir()
     if local:
         found, skipped = Path(source).absolute(), []

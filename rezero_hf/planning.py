@@ -163,8 +163,8 @@ def describe(plan: RunPlan, mfu: float = 0.4) -> str:
     if plan.on_cpu:
         # Measured at 50M parameters in fp32: 2.34 GB instead of 1.74, and steps of 9.0 s instead of 10.8.
         lines.append(
-            "        on a CPU glibc's heap may hold a third more; MALLOC_MMAP_THRESHOLD_=1048576 in the environment keeps "
-            "it to this, at a tenth of the speed or more"
+            "        on a CPU glibc's heap may hold a third more; MALLOC_MMAP_THRESHOLD_=1048576 in the environment "
+            "avoids that, and takes a tenth of the speed or more"
         )
     if plan.peak is not None:
         hours = plan.hours(mfu)

@@ -9,20 +9,21 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from json import JSONDecodeError
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_session
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     HTTPError,
-    LocalTokenNotFoundError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
 from .errors import UserError
-from .export import is_exported
 from .hub import USER_SECTION, user_section
 
 
@@ -30,7 +31,11 @@ from .hub import USER_SECTION, user_section
 PASSING = {408, 409, 412, 425, 429, 500, 502, 503, 504}
 # What the client raises when the network or the Hub is at fault. A failed upload of a large file is a RuntimeError with
 # one of the others as its cause.
-FAILURES = (OSError, HTTPError, HFValidationError, RuntimeError)
+FAILURES = (OSError, HTTPError, HFValidationError, JSONDecodeError, RuntimeError)
+# Left by an earlier push when the new one lacks them. Any other file may be somebody's.
+STALE = ("model*.safetensors", "model.safetensors.index.json", "figures/*.png", "checkpoint-[0-9]*/*")
+# Seconds without a byte after which a connection counts as lost. The client's own default is never.
+SILENCE = 300.0
 # Seconds before the second attempt; doubled every time up to the last one. The Hub allows 128 commits an hour.
 FIRST_WAIT, LONGEST_WAIT = 2.0, 300.0
 
@@ -150,6 +155,7 @@ def check_access(repository: Repository, api: HfApi | None = None) -> str | None
 
 
 def _commit(folder: Path, repository: Repository, message: str, keep: Sequence[str], api: HfApi) -> str:
+    get_session().timeout = SILENCE
     name = repository.prepare(api)
     branch, token = repository.revision or "main", repository.token
     head = api.repo_info(name, revision=branch, token=token)
@@ -159,8 +165,8 @@ def _commit(folder: Path, repository: Repository, message: str, keep: Sequence[s
     for path_in_repo, path in local.items():
         ours = path_in_repo != "README.md" or path_in_repo not in there
         operations.append(CommitOperationAdd(path_in_repo, path if ours else _card(path, name, head.sha, api, token)))
-    gone = [file for file in sorted(there - local.keys()) if is_ours(file) and not any(fnmatch(file, p) for p in keep)]
-    operations += [CommitOperationDelete(file) for file in gone]
+    stale = [file for file in sorted(there - local.keys()) if _matches(file, STALE) and not _matches(file, keep)]
+    operations += [CommitOperationDelete(file) for file in stale]
     disable_progress_bars("huggingface_hub.lfs_upload")
     try:
         # The commit builds on what was just looked at; one that somebody made meanwhile is answered with 412.
@@ -172,9 +178,8 @@ def _commit(folder: Path, repository: Repository, message: str, keep: Sequence[s
     return commit.oid
 
 
-def is_ours(name: str) -> bool:
-    """Whether a file of a repository is one that only a push of this package writes."""
-    return is_exported(name) or fnmatch(name, "checkpoint-[0-9]*/*")
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
 
 
 def _card(path: Path, name: str, revision: str, api: HfApi, token: str | None) -> bytes:
@@ -194,17 +199,16 @@ def _card(path: Path, name: str, revision: str, api: HfApi, token: str | None) -
 
 def _may_pass(error: Exception) -> bool:
     error = _reason(error)
-    if isinstance(error, LocalTokenNotFoundError | RepositoryNotFoundError | HFValidationError | RuntimeError):
-        return False
     if isinstance(error, HfHubHTTPError):
-        return error.response.status_code in PASSING
-    # What is left of OSError is the network's, or a file of the folder that cannot be read.
-    return not isinstance(error, FileNotFoundError | PermissionError)
+        return error.response.status_code in PASSING and not isinstance(error, RepositoryNotFoundError)
+    # A gateway before the Hub answers in HTML. What else is a ValueError or an OSError is a bad name, or a file here.
+    passing = isinstance(error, HTTPError | JSONDecodeError | ConnectionError | TimeoutError)
+    return passing and not isinstance(error, OfflineModeIsEnabled)
 
 
 def _reason(error: Exception) -> Exception:
-    """What is behind a RuntimeError of the client's upload threads."""
-    while isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
+    """What is behind the errors that the client wraps others in."""
+    while isinstance(error, RuntimeError | LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
         error = error.__cause__
     return error
 

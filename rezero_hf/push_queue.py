@@ -6,6 +6,7 @@ next save is tried like the first. `pushes.jsonl` beside the run says of every p
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -31,6 +32,8 @@ JOURNAL = "pushes.jsonl"
 PATIENCE = 3600.0
 # And how long a run that is over otherwise waits for its last push.
 LAST_PATIENCE = 900.0
+# One push: a request as JSON is its last argument.
+COMMAND = (sys.executable, "-m", "rezero_hf.push_queue")
 # The process needs no accelerator, and must not take part in the run's group.
 NOT_FOR_THE_PROCESS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -56,16 +59,20 @@ class PushQueue(TrainerCallback):
         self._process: subprocess.Popen | None = None
         self._step = 0
         self._waiting: tuple[int, Path] | None = None
+        self._newest: Path | None = None
+        self._count = itertools.count()
+        # Left by a launch that was killed.
+        shutil.rmtree(self.staging, ignore_errors=True)
 
     def on_train_begin(self, args, state, control, **kwargs):
         """After a restart: what the journal does not know to be on the Hub is pushed now."""
         newest, _ = newest_complete(args.output_dir) if state.global_step else (None, None)
         pushed = [row["step"] for row in self.rows() if "commit" in row]
         if newest is not None and step_of(newest) > max(pushed, default=0):
-            self._put_checkpoint(newest)
+            self._saved(newest)
 
     def on_save(self, args, state, control, **kwargs):
-        self._put_checkpoint(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        self._saved(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     def on_step_end(self, args, state, control, **kwargs):
         self._look()
@@ -75,10 +82,14 @@ class PushQueue(TrainerCallback):
         lines = self.journal.read_text(encoding="utf-8").splitlines() if self.journal.exists() else []
         return [json.loads(line) for line in lines]
 
-    def put(self, source: Path, step: int, checkpoint: bool = False) -> None:
-        """Have an export or a checkpoint pushed as soon as the one before it is. Takes as long as linking its files."""
+    def put(self, source: Path, step: int) -> None:
+        """Have an export or a checkpoint pushed as soon as the one before it is. Takes as long as linking its files.
+
+        With the strategies that say so, the newest checkpoint goes with it.
+        """
+        beside = self.strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
         try:
-            staged = stage(source, self.staging / str(step), checkpoint)
+            staged = stage(source, self.staging / str(next(self._count)), self._newest if beside else None)
         except OSError as error:
             self._note(step, f"{error.filename}: {error.strerror}")
             return
@@ -120,9 +131,10 @@ class PushQueue(TrainerCallback):
             return f"step {last['step']} is not on the Hub: {last['failed']}"
         return f"step {last['step']} is on the Hub: {self.repository}, commit {last['commit']}"
 
-    def _put_checkpoint(self, checkpoint: Path) -> None:
+    def _saved(self, checkpoint: Path) -> None:
+        self._newest = checkpoint
         if self.strategy != HubStrategy.END:
-            self.put(checkpoint, step_of(checkpoint), checkpoint=self.strategy != HubStrategy.EVERY_SAVE)
+            self.put(checkpoint, step_of(checkpoint))
 
     def _look(self) -> bool:
         """Start what waits once the process before has ended; returns whether anything is still to be done."""
@@ -147,9 +159,7 @@ class PushQueue(TrainerCallback):
         environment["CUDA_VISIBLE_DEVICES"] = ""
         if self.repository.token is not None:
             environment["HF_TOKEN"] = self.repository.token
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__, json.dumps(request)], env=environment, stdin=subprocess.DEVNULL
-        )
+        self._process = subprocess.Popen([*COMMAND, json.dumps(request)], env=environment, stdin=subprocess.DEVNULL)
         return True
 
     def _note(self, step: int, why: str) -> None:

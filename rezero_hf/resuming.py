@@ -251,9 +251,10 @@ class ResumableTrainer(Trainer):
             except ValueError:
                 # The last one, torn by a kill.
                 continue
-            past = row["event"] in ("resume", "nonfinite") or (
-                row["event"] == "save" and row["step"] <= self.state.global_step
-            )
+            # A step that was left out comes again, and so does its row.
+            stop = row["event"] == "nonfinite" and not row["skipped"]
+            save = row["event"] == "save" and row["step"] <= self.state.global_step
+            past = row["event"] == "resume" or stop or save
             if past and line not in known:
                 text += line + "\n"
         write_whole(self.log_file, text)

@@ -8,24 +8,24 @@ from .export import describe_folder, is_exported
 from .verification import verify_folder, verify_text
 
 
-def stage(source: Path, into: Path, checkpoint: bool = False) -> Path:
+def stage(source: Path, into: Path, checkpoint: Path | None = None) -> Path:
     """Take over what a push needs from a folder that may be deleted soon, as hard links where the disk can.
 
     Args:
         source: an export, or a finished training checkpoint, of which only what an export holds is taken.
         into: where; what is there is deleted.
-        checkpoint: put the whole checkpoint beside it, to go on from elsewhere.
+        checkpoint: a training checkpoint that is put whole beside it, to go on from elsewhere.
 
     Returns:
         `into`, to be completed by `complete`.
     """
     shutil.rmtree(into, ignore_errors=True)
-    for path in (path for path in sorted(source.rglob("*")) if path.is_file()):
+    for path in _files(source):
         name = path.relative_to(source)
         if is_exported(name.as_posix()):
             _link(path, into / "root" / name)
-        if checkpoint:
-            _link(path, into / "beside" / source.name / name)
+    for path in _files(checkpoint) if checkpoint is not None else ():
+        _link(path, into / "beside" / checkpoint.name / path.relative_to(checkpoint))
     return into
 
 
@@ -46,6 +46,10 @@ def complete(staged: Path, repo_id: str | None = None) -> Path:
         verify_text(checkpoint)
         checkpoint.rename(root / checkpoint.name)
     return root
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def _link(source: Path, target: Path) -> None:

@@ -122,9 +122,11 @@ class StepWatch(TrainerCallback):
 
     def _not_finite(self, args, state, loss: float, norm: float) -> None:
         trainer, step = self._trainer, state.global_step + 1
+        skip = args.nonfinite == "skip" and self.skipped < args.max_skipped_steps
         found = {
             "event": "nonfinite",
             "step": step,
+            "skipped": skip,
             "loss": str(loss),
             "grad_norm": str(norm),
             "blocks": self._guilty_blocks(args, step - 1),
@@ -135,7 +137,7 @@ class StepWatch(TrainerCallback):
         trainer.optimizer.zero_grad(set_to_none=True)
         self._counts = [group.get("step") for group in trainer.optimizer.param_groups]
         trainer.record(state, found)
-        if args.nonfinite == "skip" and self.skipped < args.max_skipped_steps:
+        if skip:
             self.skipped += 1
             trainer.forget_step()
             return

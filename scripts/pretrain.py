@@ -104,7 +104,7 @@ def main(
     claimed = []
     aside, goes_on = on_main(lambda: claimed.append(claim_run_dir(output, resolved, restart)) or claimed[0][1:3])
     if resume_from is not None and not goes_on:
-        on_main(lambda: fetch_checkpoint(resume_from, output / "checkpoints"))
+        everywhere(lambda: fetch_checkpoint(resume_from, output / "checkpoints"), "no process can begin without it")
         goes_on = True
     try:
         trainer = ReZeroTrainer(

@@ -21,6 +21,7 @@ REVISION = r"(?P<revision>[^/]+)"
 PATH = r"(?P<path>.+)"
 ROUTES = {
     "whoami": "GET /api/whoami-v2",
+    "access": f"GET /api/models/{REPO}/auth-check(/write)?",
     "create": "POST /api/repos/create",
     "info": f"GET /api/models/{REPO}(/revision/{REVISION})?",
     "tree": f"GET /api/models/{REPO}/tree/{REVISION}(/{PATH})?",
@@ -36,7 +37,7 @@ ROUTES = {
     "download": f"GET /{REPO}/resolve/{REVISION}/{PATH}",
 }
 # An LFS file's upload, unlike all other writing, is allowed by its address (the Hub signs it) and not by the token.
-NEED_TOKEN = {"whoami", "create", "branch", "preupload", "lfs_batch", "lfs_verify", "commit"}
+NEED_TOKEN = {"whoami", "access", "create", "branch", "preupload", "lfs_batch", "lfs_verify", "commit"}
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,9 @@ class Repositories:
 
     def whoami(self, request):
         return answer({"type": "user", "name": USER, "orgs": [], "auth": {"accessToken": {"role": "write"}}})
+
+    def access(self, request):
+        return answer({})
 
     def create(self, request):
         wanted = request.json()

@@ -160,6 +160,7 @@ def test_two_processes_go_on_exactly_and_stop_together(folder):
     assert "the checkpoint is of 2 process(es), this launch has 1: the data keep their order" in said
     newest = checkpoints_in(folder / "alone" / "out")[0]
     finish(start(folder, CAUSAL_LM, newest, folder / "loaded"))
+    assert (newest / "README.md").exists()
     plain, fewer = ([row["loss"] for row in rows(folder, name)] for name in ("plain", "fewer"))
     assert fewer == pytest.approx(plain, rel=1e-4)
     assert [row["tokens"] for row in rows(folder, "fewer")] == [row["tokens"] for row in rows(folder, "plain")]
@@ -240,7 +241,7 @@ def test_fully_sharded_training_is_the_same_run(folder):
         newest = checkpoints_in(folder / kind / "out")[0]
         assert verify_checkpoint(newest)["sharding"] == "fsdp2"
         assert len(json.loads((newest / "config.json").read_text())["auto_map"]) == 7
-        assert {"modeling_rezero.py", "tokenizer.json"} <= {path.name for path in newest.iterdir()}
+        assert {"modeling_rezero.py", "tokenizer.json", "README.md"} <= {path.name for path in newest.iterdir()}
     exported = folder / "exported"
     script = Path(__file__).parents[1] / "scripts" / "export.py"
     subprocess.run([sys.executable, script, newest, exported], check=True, capture_output=True)

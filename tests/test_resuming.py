@@ -19,6 +19,7 @@ from rezero_hf import ReZeroForCausalLM
 from rezero_hf.checkpoints import checkpoints_in, verify_checkpoint
 from rezero_hf.errors import UserError
 from rezero_hf.runs import read_metrics
+from rezero_hf.verification import verify_text
 
 
 # Dropout, accumulation, a schedule, and a log line whose interval no save is a multiple of.
@@ -161,6 +162,22 @@ def test_a_resumed_run_follows_this_launchs_intervals_and_remembers_why_it_stopp
     assert [row["step"] for row in rows if row["event"] == "save"] == [2, 4, 6, 9, 12]
 
 
+def test_a_step_left_out_again_after_a_resume_is_in_the_log_once(prepared, tmp_path):  # noqa: F811
+    """Skipped in step 5, stopped short in step 6, resumed from step 4: the log has one row of it."""
+
+    def poisoned(*callbacks):
+        trainer = make(prepared, tmp_path, *callbacks, nonfinite="skip")
+        bad = lambda module, inputs, output: output * (float("nan") if trainer.state.global_step == 4 else 1.0)  # noqa: E731
+        trainer.model.lm_head.register_forward_hook(lambda *call: bad(*call) if torch.is_grad_enabled() else None)
+        return trainer
+
+    with pytest.raises(KeyboardInterrupt):
+        poisoned(At(6, crash)).train()
+    poisoned().train(resume_from_checkpoint=True)
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows if row["event"] == "nonfinite"] == [5]
+
+
 def test_the_newest_whole_checkpoint_is_taken_and_the_others_named(alone, prepared, tmp_path, capsys):  # noqa: F811
     optimizer, expected, folder = alone
     shutil.copytree(folder / "out", tmp_path / "out", dirs_exist_ok=True)
@@ -179,7 +196,7 @@ def test_the_newest_whole_checkpoint_is_taken_and_the_others_named(alone, prepar
 
 
 def test_every_checkpoint_is_a_model_that_loads(alone):
-    """With code, whole auto_map and tokenizer, and no pickle of arguments."""
+    """With code, whole auto_map, tokenizer and card, and no pickle of arguments."""
     _, (_, weights), folder = alone
     newest = checkpoints_in(folder / "out")[0]
     model = ReZeroForCausalLM.from_pretrained(newest)
@@ -187,6 +204,9 @@ def test_every_checkpoint_is_a_model_that_loads(alone):
     assert len(json.loads((newest / "config.json").read_text())["auto_map"]) == 7
     names = {path.name for path in newest.iterdir()}
     assert {"modeling_rezero.py", "portable.py", "tokenizer.json"} <= names and "training_args.bin" not in names
+    assert "This is step" not in (newest / "README.md").read_text()
+    assert "This is step 2 of 12" in (checkpoints_in(folder / "out")[-1] / "README.md").read_text()
+    verify_text(newest)
 
 
 def test_the_best_model_is_among_the_whole_ones(prepared, tmp_path):  # noqa: F811
