@@ -1,6 +1,6 @@
 """ReZero for Hugging Face: networks whose every residual branch starts switched off, `x + alpha * F(x)`, alpha = 0.
 
-Importing it registers `ReZeroConfig` and its models with Transformers' Auto classes. Everything that trains is
+Importing it registers the configurations and their models with Transformers' Auto classes. Everything that trains is
 imported when it is first used, so that loading a model costs no more than Transformers itself.
 """
 
@@ -14,6 +14,9 @@ from .models import (
     ReZeroForSequenceClassification,
     ReZeroForTokenClassification,
     ReZeroModel,
+    ReZeroResNetConfig,
+    ReZeroResNetForImageClassification,
+    ReZeroResNetModel,
 )
 from .models.residual import RESIDUAL_FORMS
 
@@ -24,6 +27,7 @@ _LAZY = {
     "ReZeroTrainer": "training",
     "ReZeroTrainingArguments": "arguments",
     "byte_tokenizer": "tokenization",
+    "cifar_image_processor": "images",
     "export_folder": "export",
     "gates": "optim",
     "load_recipe": "recipe",
@@ -41,6 +45,9 @@ __all__ = [  # noqa: PLE0604
     "ReZeroForSequenceClassification",
     "ReZeroForTokenClassification",
     "ReZeroModel",
+    "ReZeroResNetConfig",
+    "ReZeroResNetForImageClassification",
+    "ReZeroResNetModel",
     *_LAZY,
 ]
 

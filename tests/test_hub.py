@@ -2,6 +2,7 @@
 
 import re
 from importlib.resources import files
+from typing import get_args
 from unittest.mock import patch
 
 import jinja2
@@ -105,7 +106,7 @@ def test_a_diverged_result_is_said_and_kept_out_of_the_metadata():
     assert "| validation | not finite (diverged) | 2.0000 |" in card.text
 
 
-@pytest.mark.parametrize("residual", sorted(RESIDUAL_FORMS))
+@pytest.mark.parametrize("residual", get_args(ReZeroConfig.__annotations__["residual"]))
 def test_the_description_follows_the_configuration(residual):
     """The equation is that of the residual form; gates and norms are mentioned exactly when the model has them."""
     form = RESIDUAL_FORMS[residual]

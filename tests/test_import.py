@@ -27,6 +27,7 @@ OWN_HEAVY = (
     "callbacks",
     "tokenization",
     "optim",
+    "images",
 )
 
 

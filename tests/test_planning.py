@@ -2,12 +2,13 @@
 
 import dataclasses
 import os
+from typing import get_args
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from rezero_hf import RESIDUAL_FORMS, ReZeroConfig, ReZeroForCausalLM, ReZeroTrainingArguments, load_recipe
+from rezero_hf import ReZeroConfig, ReZeroForCausalLM, ReZeroTrainingArguments, load_recipe
 from rezero_hf.errors import UserError
 from rezero_hf.flops import flops_per_token, peak_flops
 from rezero_hf.memory import language_model, plan_memory
@@ -71,7 +72,7 @@ def saved_bytes(config, dtype):
 
 
 # Every residual form with the plain branches, and every branch with the paper's form and with pre-norm.
-ACTIVATIONS = [(residual, "plain mlp") for residual in RESIDUAL_FORMS]
+ACTIVATIONS = [(residual, "plain mlp") for residual in get_args(ReZeroConfig.__annotations__["residual"])]
 ACTIVATIONS += [(residual, shape) for residual in ("rezero", "pre_norm") for shape in SHAPES if shape != "plain mlp"]
 
 

@@ -14,12 +14,13 @@ BRANCHES = ("attn", "mlp")
 EQUATIONS = {
     "rezero": lambda x, f, norm, a: x + a * f(x),
     "rezero_pre_norm": lambda x, f, norm, a: x + a * f(norm(x)),
+    "gated": lambda x, f, norm, a: a * f(x) + (1 - a) * x,
     "pre_norm": lambda x, f, norm, a: x + f(norm(x)),
     "post_norm": lambda x, f, norm, a: norm(x + f(x)),
     "branch_norm": lambda x, f, norm, a: x + norm(f(x)),
     "plain": lambda x, f, norm, a: x + f(x),
 }
-GATED = {"rezero", "rezero_pre_norm"}
+GATED = {"rezero", "rezero_pre_norm", "gated"}
 NORMED = {"rezero_pre_norm", "pre_norm", "post_norm", "branch_norm"}
 
 every_form = pytest.mark.parametrize("form", EQUATIONS)
@@ -112,7 +113,7 @@ def test_a_new_gate_is_gate_init(form):
 @both_sharings
 @gated_forms
 def test_a_closed_gate_is_the_identity_and_hears_its_branch(form, share_gate):
-    """At alpha = 0 the stream passes bit for bit, the branch gets no gradient, and alpha's is <dL/dx, F>."""
+    """At alpha = 0 the stream passes bit for bit, the branch gets no gradient, and alpha's is <dL/dx, F> (<dL/dx, F - x> when gated)."""
     module, norms = build(form, share_gate)
     nn.init.zeros_(module.alpha)
     x, branches = stream(), [Branch(), Branch()]
@@ -122,7 +123,8 @@ def test_a_closed_gate_is_the_identity_and_hears_its_branch(form, share_gate):
     upstream = torch.randn_like(y)
     (y * upstream).sum().backward()
     inputs = [norm(x) if form in NORMED else x for norm in (norms or BRANCHES)]
-    heard = torch.stack([(upstream * f(x_in)).sum() for f, x_in in zip(branches, inputs, strict=True)])
+    closed = x if form == "gated" else 0
+    heard = torch.stack([(upstream * (f(x_in) - closed)).sum() for f, x_in in zip(branches, inputs, strict=True)])
     torch.testing.assert_close(module.alpha.grad, heard.sum(0, keepdim=True) if share_gate else heard)
     assert all(torch.count_nonzero(f.linear.weight.grad) == 0 for f in branches)
 

@@ -2,8 +2,9 @@
 
 import transformers
 
-from . import modeling_rezero
+from . import modeling_rezero, modeling_rezero_resnet
 from .configuration_rezero import ReZeroConfig
+from .configuration_rezero_resnet import ReZeroResNetConfig
 from .modeling_rezero import (
     ReZeroForCausalLM,
     ReZeroForMaskedLM,
@@ -13,11 +14,22 @@ from .modeling_rezero import (
     ReZeroModel,
     ReZeroPreTrainedModel,
 )
+from .modeling_rezero_resnet import (
+    ReZeroResNetForImageClassification,
+    ReZeroResNetModel,
+    ReZeroResNetPreTrainedModel,
+)
 
 
-transformers.AutoConfig.register(ReZeroConfig.model_type, ReZeroConfig, exist_ok=True)
-for auto, name in ReZeroPreTrainedModel.auto_classes.items():
-    getattr(transformers, auto).register(ReZeroConfig, getattr(modeling_rezero, name), exist_ok=True)
+FAMILIES = {
+    ReZeroPreTrainedModel: modeling_rezero,
+    ReZeroResNetPreTrainedModel: modeling_rezero_resnet,
+}
+
+for base, module in FAMILIES.items():
+    transformers.AutoConfig.register(base.config_class.model_type, base.config_class, exist_ok=True)
+    for auto, name in base.auto_classes.items():
+        getattr(transformers, auto).register(base.config_class, getattr(module, name), exist_ok=True)
 
 __all__ = [
     "ReZeroConfig",
@@ -27,4 +39,7 @@ __all__ = [
     "ReZeroForSequenceClassification",
     "ReZeroForTokenClassification",
     "ReZeroModel",
+    "ReZeroResNetConfig",
+    "ReZeroResNetForImageClassification",
+    "ReZeroResNetModel",
 ]

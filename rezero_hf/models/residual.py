@@ -80,6 +80,15 @@ class ReZeroPreNorm(Residual):
         return x + self.gate(branch, x.dtype) * f(self.norms[branch](x))
 
 
+class Gated(Residual):
+    """`alpha * F(x) + (1 - alpha) * x`: the gated (highway) baseline of the paper's ResNets, with a scalar gate."""
+
+    has_gate = True
+
+    def forward(self, x, f, branch):
+        return self.gate(branch, x.dtype) * f(x) + (1 - self.gate(branch, x.dtype)) * x
+
+
 class PreNorm(Residual):
     """`x + F(N(x))`, row 4 of Table 1: GPT-2, Llama."""
 
@@ -119,6 +128,7 @@ NORMS: dict[str, type[nn.Module]] = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 RESIDUAL_FORMS: dict[str, type[Residual]] = {
     "rezero": ReZero,
     "rezero_pre_norm": ReZeroPreNorm,
+    "gated": Gated,
     "pre_norm": PreNorm,
     "post_norm": PostNorm,
     "branch_norm": BranchNorm,
