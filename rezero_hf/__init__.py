@@ -1,6 +1,6 @@
 """ReZero for Hugging Face: networks whose every residual branch starts switched off, `x + alpha * F(x)`, alpha = 0.
 
-Importing it registers `ReZeroConfig` and its models with Transformers' Auto classes. Everything that trains is
+Importing it registers the configurations and their models with Transformers' Auto classes. Everything that trains is
 imported when it is first used, so that loading a model costs no more than Transformers itself.
 """
 
@@ -13,6 +13,9 @@ from .models import (
     ReZeroForQuestionAnswering,
     ReZeroForSequenceClassification,
     ReZeroForTokenClassification,
+    ReZeroMLPConfig,
+    ReZeroMLPForImageClassification,
+    ReZeroMLPModel,
     ReZeroModel,
 )
 from .models.residual import RESIDUAL_FORMS
@@ -40,6 +43,9 @@ __all__ = [  # noqa: PLE0604
     "ReZeroForQuestionAnswering",
     "ReZeroForSequenceClassification",
     "ReZeroForTokenClassification",
+    "ReZeroMLPConfig",
+    "ReZeroMLPForImageClassification",
+    "ReZeroMLPModel",
     "ReZeroModel",
     *_LAZY,
 ]

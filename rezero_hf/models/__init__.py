@@ -2,8 +2,9 @@
 
 import transformers
 
-from . import modeling_rezero
+from . import modeling_rezero, modeling_rezero_mlp
 from .configuration_rezero import ReZeroConfig
+from .configuration_rezero_mlp import ReZeroMLPConfig
 from .modeling_rezero import (
     ReZeroForCausalLM,
     ReZeroForMaskedLM,
@@ -13,11 +14,18 @@ from .modeling_rezero import (
     ReZeroModel,
     ReZeroPreTrainedModel,
 )
+from .modeling_rezero_mlp import ReZeroMLPForImageClassification, ReZeroMLPModel, ReZeroMLPPreTrainedModel
 
 
-transformers.AutoConfig.register(ReZeroConfig.model_type, ReZeroConfig, exist_ok=True)
-for auto, name in ReZeroPreTrainedModel.auto_classes.items():
-    getattr(transformers, auto).register(ReZeroConfig, getattr(modeling_rezero, name), exist_ok=True)
+FAMILIES = {
+    ReZeroPreTrainedModel: modeling_rezero,
+    ReZeroMLPPreTrainedModel: modeling_rezero_mlp,
+}
+
+for base, module in FAMILIES.items():
+    transformers.AutoConfig.register(base.config_class.model_type, base.config_class, exist_ok=True)
+    for auto, name in base.auto_classes.items():
+        getattr(transformers, auto).register(base.config_class, getattr(module, name), exist_ok=True)
 
 __all__ = [
     "ReZeroConfig",
@@ -26,5 +34,8 @@ __all__ = [
     "ReZeroForQuestionAnswering",
     "ReZeroForSequenceClassification",
     "ReZeroForTokenClassification",
+    "ReZeroMLPConfig",
+    "ReZeroMLPForImageClassification",
+    "ReZeroMLPModel",
     "ReZeroModel",
 ]
