@@ -19,6 +19,7 @@ from .models import (
     ReZeroModel,
 )
 from .models.residual import RESIDUAL_FORMS
+from .wrapping import ReZero
 
 
 __version__ = "0.1.0"
@@ -37,6 +38,7 @@ _LAZY = {
 
 __all__ = [  # noqa: PLE0604
     "RESIDUAL_FORMS",
+    "ReZero",
     "ReZeroConfig",
     "ReZeroForCausalLM",
     "ReZeroForMaskedLM",
