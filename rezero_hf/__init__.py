@@ -13,12 +13,16 @@ from .models import (
     ReZeroForQuestionAnswering,
     ReZeroForSequenceClassification,
     ReZeroForTokenClassification,
+    ReZeroMLPConfig,
+    ReZeroMLPForImageClassification,
+    ReZeroMLPModel,
     ReZeroModel,
     ReZeroResNetConfig,
     ReZeroResNetForImageClassification,
     ReZeroResNetModel,
 )
 from .models.residual import RESIDUAL_FORMS
+from .wrapping import ReZero
 
 
 __version__ = "0.1.0"
@@ -38,12 +42,16 @@ _LAZY = {
 
 __all__ = [  # noqa: PLE0604
     "RESIDUAL_FORMS",
+    "ReZero",
     "ReZeroConfig",
     "ReZeroForCausalLM",
     "ReZeroForMaskedLM",
     "ReZeroForQuestionAnswering",
     "ReZeroForSequenceClassification",
     "ReZeroForTokenClassification",
+    "ReZeroMLPConfig",
+    "ReZeroMLPForImageClassification",
+    "ReZeroMLPModel",
     "ReZeroModel",
     "ReZeroResNetConfig",
     "ReZeroResNetForImageClassification",

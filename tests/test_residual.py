@@ -19,9 +19,11 @@ EQUATIONS = {
     "post_norm": lambda x, f, norm, a: norm(x + f(x)),
     "branch_norm": lambda x, f, norm, a: x + norm(f(x)),
     "plain": lambda x, f, norm, a: x + f(x),
+    "none": lambda x, f, norm, a: f(x),
+    "norm": lambda x, f, norm, a: norm(f(x)),
 }
 GATED = {"rezero", "rezero_pre_norm", "gated"}
-NORMED = {"rezero_pre_norm", "pre_norm", "post_norm", "branch_norm"}
+NORMED = {"rezero_pre_norm", "pre_norm", "post_norm", "branch_norm", "norm"}
 
 every_form = pytest.mark.parametrize("form", EQUATIONS)
 both_sharings = pytest.mark.parametrize("share_gate", [True, False])

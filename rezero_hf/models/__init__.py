@@ -2,8 +2,9 @@
 
 import transformers
 
-from . import modeling_rezero, modeling_rezero_resnet
+from . import modeling_rezero, modeling_rezero_mlp, modeling_rezero_resnet
 from .configuration_rezero import ReZeroConfig
+from .configuration_rezero_mlp import ReZeroMLPConfig
 from .configuration_rezero_resnet import ReZeroResNetConfig
 from .modeling_rezero import (
     ReZeroForCausalLM,
@@ -14,6 +15,7 @@ from .modeling_rezero import (
     ReZeroModel,
     ReZeroPreTrainedModel,
 )
+from .modeling_rezero_mlp import ReZeroMLPForImageClassification, ReZeroMLPModel, ReZeroMLPPreTrainedModel
 from .modeling_rezero_resnet import (
     ReZeroResNetForImageClassification,
     ReZeroResNetModel,
@@ -24,6 +26,7 @@ from .modeling_rezero_resnet import (
 FAMILIES = {
     ReZeroPreTrainedModel: modeling_rezero,
     ReZeroResNetPreTrainedModel: modeling_rezero_resnet,
+    ReZeroMLPPreTrainedModel: modeling_rezero_mlp,
 }
 
 for base, module in FAMILIES.items():
@@ -38,6 +41,9 @@ __all__ = [
     "ReZeroForQuestionAnswering",
     "ReZeroForSequenceClassification",
     "ReZeroForTokenClassification",
+    "ReZeroMLPConfig",
+    "ReZeroMLPForImageClassification",
+    "ReZeroMLPModel",
     "ReZeroModel",
     "ReZeroResNetConfig",
     "ReZeroResNetForImageClassification",

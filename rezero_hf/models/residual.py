@@ -123,6 +123,22 @@ class Plain(Residual):
         return x + f(x)
 
 
+class NoSkip(Residual):
+    """`F(x)`, row 1 of Table 1: a deep net without skips."""
+
+    def forward(self, x, f, branch):
+        return f(x)
+
+
+class NoSkipNorm(Residual):
+    """`N(F(x))`, row 3 of Table 1: a deep net without skips, normalised."""
+
+    has_norm = True
+
+    def forward(self, x, f, branch):
+        return self.norms[branch](f(x))
+
+
 NORMS: dict[str, type[nn.Module]] = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 
 RESIDUAL_FORMS: dict[str, type[Residual]] = {
@@ -133,4 +149,6 @@ RESIDUAL_FORMS: dict[str, type[Residual]] = {
     "post_norm": PostNorm,
     "branch_norm": BranchNorm,
     "plain": Plain,
+    "none": NoSkip,
+    "norm": NoSkipNorm,
 }
