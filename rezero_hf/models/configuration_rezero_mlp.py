@@ -18,7 +18,9 @@ class ReZeroMLPConfig(PreTrainedConfig):
         num_channels (`int`, default 3): colours of an image.
         hidden_size (`int`, default 256): width of the stream and of every hidden layer.
         num_hidden_layers (`int`, default 32): hidden layers between the stem and the head, of one Linear each. Time
-            and memory are the same for each of ten thousand.
+            and memory are the same for each of ten thousand. That deep, give gates a smaller rate: at 3e-3 (Adagrad,
+            the notebook's) their first step together threw the loss from 2.3 to 14,000, at a tenth of it
+            (`gate_lr_multiplier=0.1`) the loss fell from the start.
         num_labels (`int`, default 2, the library's): classes, or `id2label`, which names them; `paper` has 10.
 
     Residual form (`residual.py` has the equations):
