@@ -63,8 +63,12 @@ def append_row(path: Path, row: dict) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_finite(row), allow_nan=False) + "\n")
+        with path.open("ab+") as file:
+            line = json.dumps(_finite(row), allow_nan=False) + "\n"
+            # A kill may have torn the last line.
+            file.seek(max(file.tell() - 1, 0))
+            torn = file.read(1) not in (b"", b"\n")
+            file.write(("\n" * torn + line).encode())
     except OSError as error:
         raise UserError(
             f"{path}: {error.strerror}; the same command goes on from the last complete checkpoint."

@@ -5,6 +5,7 @@ that the new one does not have leave in it too.
 """
 
 import random
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from fnmatch import fnmatch
 from json import JSONDecodeError
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_session
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, ModelInfo, get_session
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -21,7 +22,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
-from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+from huggingface_hub.utils import parse_ratelimit_headers
 
 from .errors import UserError
 from .hub import USER_SECTION, user_section
@@ -29,13 +30,15 @@ from .hub import USER_SECTION, user_section
 
 # Answers after which the same request may succeed: the server is busy, or somebody else has committed meanwhile.
 PASSING = {408, 409, 412, 425, 429, 500, 502, 503, 504}
-# What the client raises when the network or the Hub is at fault. A failed upload of a large file is a RuntimeError with
-# one of the others as its cause.
-FAILURES = (OSError, HTTPError, HFValidationError, JSONDecodeError, RuntimeError)
+# What the client raises when the network, the Hub, the name or the card is at fault. A failed upload of a large file is
+# a RuntimeError with one of the others as its cause.
+FAILURES = (OSError, HTTPError, ValueError, RuntimeError)
 # Left by an earlier push when the new one lacks them. Any other file may be somebody's.
-STALE = ("model*.safetensors", "model.safetensors.index.json", "figures/*.png", "checkpoint-[0-9]*/*")
+STALE = re.compile(
+    r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|figures/[^/]+\.png|checkpoint-\d+/.+"
+)
 # Seconds without a byte after which a connection counts as lost. The client's own default is never.
-SILENCE = 300.0
+READ_TIMEOUT, ACCESS_TIMEOUT = 300.0, 30.0
 # Seconds before the second attempt; doubled every time up to the last one. The Hub allows 128 commits an hour.
 FIRST_WAIT, LONGEST_WAIT = 2.0, 300.0
 
@@ -59,6 +62,10 @@ class Repository:
     revision: str | None = None
     private: bool | None = None
     token: str | None = None
+
+    @property
+    def branch(self) -> str:
+        return self.revision or "main"
 
     def __str__(self) -> str:
         return self.name + (f"@{self.revision}" if self.revision else "")
@@ -102,22 +109,27 @@ def push_folder(
         message: of the commit.
         keep: patterns of files in the repository that stay although the folder lacks them.
         patience: seconds during which failures that may pass are tried again.
-        tell: called with a line before each wait.
+        tell: called with a line before each wait, and for files that go.
         api: the client; default, one made here.
 
     Returns:
         The commit.
 
     Raises:
-        PushError: no access, no such place, the Hub refuses the files, or `patience` is over.
-        UserError: the card on the Hub is somebody's own.
+        PushError: no access, no such place, the Hub refuses the files, a file is gone, or `patience` is over.
+        UserError: the card on the Hub is somebody's own, or its user's section is another than the folder's.
     """
     folder, api = Path(folder), api or HfApi(library_name="rezero_hf")
+    get_session().timeout = READ_TIMEOUT
+    # Once: a folder that loses files on the way must not become a commit that deletes them.
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    if not files:
+        raise PushError(f"{repository}: {folder} holds nothing to push")
     started, attempts, delay = time.monotonic(), 0, FIRST_WAIT
     while True:
         attempts += 1
         try:
-            commit = _commit(folder, repository, message, keep, api)
+            commit = _commit(files, repository, message, keep, tell, api)
             return Pushed(commit, attempts, round(time.monotonic() - started, 3))
         except FAILURES as error:
             why = _one_line(error)
@@ -139,70 +151,92 @@ def check_access(repository: Repository, api: HfApi | None = None) -> str | None
 
     Raises:
         PushError: nobody is logged in, the token may not write there, or the name is none.
+        UserError: the card there is somebody's own.
     """
     api = api or HfApi(library_name="rezero_hf")
+    # Other processes of the run wait for this.
+    get_session().timeout = ACCESS_TIMEOUT
     try:
         name = repository.prepare(api)
         api.auth_check(name, token=repository.token, write=True)
+        head = api.repo_info(name, revision=repository.branch, token=repository.token)
+        _section_on_the_hub(name, head, api, repository.token)
+    except HFValidationError as error:
+        raise PushError(f"{repository}: {_one_line(error)}") from error
     except FAILURES as error:
         if _may_pass(error):
             return _one_line(error)
         raise PushError(
-            f"{repository}: {_one_line(error)}; log in with `hf auth login` as somebody who may write there, or set "
-            "training.push_to_hub=false"
+            f"{repository}: {_one_line(error)}; log in with `hf auth login` as somebody who may write there"
         ) from error
     return None
 
 
-def _commit(folder: Path, repository: Repository, message: str, keep: Sequence[str], api: HfApi) -> str:
-    get_session().timeout = SILENCE
-    name = repository.prepare(api)
-    branch, token = repository.revision or "main", repository.token
-    head = api.repo_info(name, revision=branch, token=token)
+def _commit(
+    files: dict[str, Path],
+    repository: Repository,
+    message: str,
+    keep: Sequence[str],
+    tell: Callable[[str], None],
+    api: HfApi,
+) -> str:
+    name, token = repository.prepare(api), repository.token
+    head = api.repo_info(name, revision=repository.branch, token=token)
     there = {file.rfilename for file in head.siblings or ()}
-    local = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    # New operations every time: used ones have forgotten to ask what the Hub has.
     operations: list[CommitOperationAdd | CommitOperationDelete] = []
-    for path_in_repo, path in local.items():
-        ours = path_in_repo != "README.md" or path_in_repo not in there
-        operations.append(CommitOperationAdd(path_in_repo, path if ours else _card(path, name, head.sha, api, token)))
-    stale = [file for file in sorted(there - local.keys()) if _matches(file, STALE) and not _matches(file, keep)]
+    for path_in_repo, path in files.items():
+        content = path
+        if path_in_repo == "README.md":
+            section = _section_on_the_hub(name, head, api, token)
+            content = _with_section(path.read_text(encoding="utf-8"), section, name).encode()
+        operations.append(CommitOperationAdd(path_in_repo, content))
+    kept = {file for pattern in keep for file in there if fnmatch(file, pattern)}
+    stale = [file for file in sorted(there - files.keys() - kept) if STALE.fullmatch(file)]
+    if stale:
+        tell(f"push to {repository}: removes {', '.join(stale)}")
     operations += [CommitOperationDelete(file) for file in stale]
-    disable_progress_bars("huggingface_hub.lfs_upload")
-    try:
-        # The commit builds on what was just looked at; one that somebody made meanwhile is answered with 412.
-        commit = api.create_commit(
-            name, operations, commit_message=message, revision=branch, parent_commit=head.sha, token=token
-        )
-    finally:
-        enable_progress_bars("huggingface_hub.lfs_upload")
+    # The commit builds on what was just looked at; one that somebody made meanwhile is answered with 412.
+    commit = api.create_commit(
+        name, operations, commit_message=message, revision=repository.branch, parent_commit=head.sha, token=token
+    )
     return commit.oid
 
 
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch(name, pattern) for pattern in patterns)
-
-
-def _card(path: Path, name: str, revision: str, api: HfApi, token: str | None) -> bytes:
-    """The card in the folder, with what its reader has written into the one on the Hub."""
-    old = Path(api.hf_hub_download(name, "README.md", revision=revision, token=token)).read_text(encoding="utf-8")
-    kept = user_section(old)
-    if kept is None:
+def _section_on_the_hub(name: str, head: ModelInfo, api: HfApi, token: str | None) -> str:
+    """What the card's reader has written into the one on the Hub; empty where there is none, or only metadata."""
+    if "README.md" not in {file.rfilename for file in head.siblings or ()}:
+        return ""
+    old = Path(api.hf_hub_download(name, "README.md", revision=head.sha, token=token)).read_text(encoding="utf-8")
+    section = user_section(old)
+    if section is None and ModelCard(old, ignore_metadata_errors=True).text.strip():
         raise UserError(
             f"{name}: the README.md there is not one of this package's, and would be lost; put the lines "
             f"{USER_SECTION[0]!r} and {USER_SECTION[1]!r} around what to keep, or delete it"
         )
+    return section or ""
+
+
+def _with_section(card: str, section: str, name: str) -> str:
+    """The card with the section from the Hub, unless it has the only one."""
+    own = user_section(card)
+    if own is None or not section or own == section:
+        return card
+    if own:
+        raise UserError(
+            f"{name}: the user's section of the README.md there is another than the one here; make them the same"
+        )
     begin, end = USER_SECTION
-    new = path.read_text(encoding="utf-8")
-    before, after = new[: new.index(begin) + len(begin)], new[new.index(end) :]
-    return (f"{before}\n\n{kept}\n\n{after}" if kept else f"{before}\n\n{after}").encode()
+    return f"{card[: card.index(begin) + len(begin)]}\n\n{section}\n\n{card[card.index(end) :]}"
 
 
 def _may_pass(error: Exception) -> bool:
     error = _reason(error)
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code in PASSING and not isinstance(error, RepositoryNotFoundError)
-    # A gateway before the Hub answers in HTML. What else is a ValueError or an OSError is a bad name, or a file here.
-    passing = isinstance(error, HTTPError | JSONDecodeError | ConnectionError | TimeoutError)
+    # A gateway before the Hub answers in HTML, and what Xet stumbles over is a bare RuntimeError. What else is a
+    # ValueError or an OSError is a bad name, or a file here.
+    passing = isinstance(error, HTTPError | JSONDecodeError | ConnectionError | TimeoutError | RuntimeError)
     return passing and not isinstance(error, OfflineModeIsEnabled)
 
 
@@ -214,9 +248,12 @@ def _reason(error: Exception) -> Exception:
 
 
 def _asked_to_wait(error: Exception) -> float | None:
-    """The seconds of a Retry-After header."""
+    """The seconds until the Hub wants to be asked again, of either header in which it says so."""
     error = _reason(error)
     headers = error.response.headers if isinstance(error, HfHubHTTPError) else {}
+    limit = parse_ratelimit_headers(headers)
+    if limit is not None and limit.remaining == 0:
+        return float(limit.reset_in_seconds) + 1
     value = headers.get("retry-after", "")
     return float(value) if value.isdigit() else None
 

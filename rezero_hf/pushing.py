@@ -1,5 +1,6 @@
 """A `Trainer` whose every save is a folder for others, and goes to the Hub if the arguments say so."""
 
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,10 @@ from transformers.trainer_utils import HubStrategy
 from .checkpoints import checkpoints_in
 from .errors import UserError
 from .export import describe_folder, temporarily, write_records
-from .models import ReZeroConfig
+from .hub import user_section
+from .models import ReZeroForCausalLM
 from .publishing import Repository, check_access
-from .push_queue import PATIENCE, PushQueue
+from .push_queue import JOURNAL, LAST_PATIENCE, PushQueue
 from .resuming import ResumableTrainer
 from .together import on_main
 
@@ -38,9 +40,11 @@ class PushingTrainer(ResumableTrainer):
         recipe_text: str | None = None,
         **kwargs,
     ):
+        self.pushes: PushQueue | None = None
         super().__init__(*args, **kwargs)
         self.run, self.recipe_text = run, recipe_text
-        self.pushes: PushQueue | None = None
+        # A script that exports the trained model pushes that, and waits itself.
+        self.waits_for_pushes = True
         if self.args.push_to_hub:
             self._queue_pushes(run_dir or self.args.output_dir)
 
@@ -51,15 +55,39 @@ class PushingTrainer(ResumableTrainer):
             run["unfinished"] = {"step": state.global_step, "max_steps": state.max_steps}
         return run
 
+    @property
+    def describes(self) -> bool:
+        """Whether the model is one that there is a card for."""
+        return isinstance(self.accelerator.unwrap_model(self.model), ReZeroForCausalLM)
+
+    def train(self, *args, **kwargs):
+        done = super().train(*args, **kwargs)
+        if self.pushes is not None and self.waits_for_pushes:
+            print(self.pushes.stop() if self.told_to_stop else self.pushes.close(LAST_PATIENCE), flush=True)
+        return done
+
+    def restore_progress(self) -> None:
+        super().restore_progress()
+        if self._resuming is not None and self.pushes is not None:
+            self.pushes.resumed(self._resuming["folder"])
+
     def save_model(self, output_dir=None, _internal_call=False) -> None:
         """Every save is a folder for others to load: with a card, and with the cache on that training switches off."""
-        ours = isinstance(self.model.config, ReZeroConfig)
-        with temporarily(self.model.config, use_cache=True) if ours else nullcontext():
-            super().save_model(output_dir, _internal_call)
-        if ours and self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or self.args.output_dir)
+        with temporarily(self.model.config, use_cache=True) if self.describes else nullcontext():
+            super().save_model(output_dir, _internal_call=True)
+        if self.describes and self.args.should_save:
             write_records(folder, self.run_so_far(), self.recipe_text)
-            describe_folder(folder, figures=False)
+            card = folder / "README.md"
+            if not card.exists() or user_section(card.read_text(encoding="utf-8")) is not None:
+                describe_folder(folder, figures=False)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub()
+
+    def _save_checkpoint(self, model, trial) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.pushes is not None:
+            self.pushes.saved(Path(self._get_output_dir(trial)).absolute() / f"checkpoint-{self.state.global_step}")
 
     def _repository(self) -> Repository:
         args = self.args
@@ -73,14 +101,19 @@ class PushingTrainer(ResumableTrainer):
             problem = on_main(lambda: check_access(self._repository()))
         except UserError as error:
             if not on_main(lambda: bool(checkpoints_in(self.args.output_dir))):
-                raise
+                raise UserError(f"{error}; or set push_to_hub=False.") from error
             problem = str(error)
         if problem and self.is_world_process_zero():
             print(f"the Hub cannot be pushed to now ({problem}); training goes on, and every save will try", flush=True)
 
     def _queue_pushes(self, folder: str | Path) -> None:
         """Have saves pushed from now on, by the main process."""
-        strategy = self.args.hub_strategy
+        strategy = HubStrategy(self.args.hub_strategy)
+        if not self.describes or self.processing_class is None:
+            raise UserError(
+                "push_to_hub=True pushes ReZeroForCausalLM with its tokenizer (processing_class), which a card can "
+                "describe; push another model when it is trained, by its own push_to_hub."
+            )
         if strategy != HubStrategy.END and self._state_dict_kind() == "SHARDED_STATE_DICT":
             raise UserError(
                 "push_to_hub during training needs whole weights, and FSDP's SHARDED_STATE_DICT saves shards: choose "
@@ -89,24 +122,37 @@ class PushingTrainer(ResumableTrainer):
         if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS) and self.args.save_only_model:
             raise UserError(f"hub_strategy={strategy.value} pushes what a run goes on from: set save_only_model=false.")
         if self.is_world_process_zero():
-            self.pushes = PushQueue(self._repository(), folder, strategy)
+            self.pushes = PushQueue(self._repository(), Path(folder) / JOURNAL, self.args.output_dir, strategy)
             self.add_callback(self.pushes)
 
-    def push_to_hub(self, commit_message: str | None = None, blocking: bool = True, **kwargs) -> str | None:
+    def push_to_hub(self, commit_message: str | None = None, blocking: bool = True, **unknown) -> str | None:
         """Push the model as it is now, by the same way as saves during training.
 
         Args:
-            commit_message: ignored; commits are called after their step.
-            blocking: wait for it, at most `push_queue.PATIENCE` seconds.
+            commit_message: default, the step.
+            blocking: wait for it, at most `push_queue.LAST_PATIENCE` seconds.
+            unknown: the library's other words are refused: the arguments say where to push, and the card is made from
+                the run.
 
         Returns:
-            On the main process and when blocking, a line that says what came of it; else None.
+            On the main process and when blocking, the line that says which commit it is; else None.
+
+        Raises:
+            UserError: `push_to_hub` is not switched on; a word is not known here; it was not pushed.
         """
         if not self.args.push_to_hub:
             raise UserError("push_to_hub=False: set push_to_hub and hub_model_id in the training arguments.")
-        folder = Path(self.args.output_dir) / ".push"
+        if unknown := {name: value for name, value in unknown.items() if value is not None}:
+            raise UserError(f"push_to_hub({', '.join(unknown)}=...): say it in the training arguments (hub_...).")
+        folder = Path(self.args.output_dir) / ".push-now"
         self.save_model(str(folder), _internal_call=True)
-        if self.pushes is None:
-            return None
-        self.pushes.put(folder, self.state.global_step)
-        return self.pushes.close(PATIENCE) if blocking else None
+
+        def push() -> str | None:
+            self.pushes.put(folder, self.state.global_step, commit_message)
+            shutil.rmtree(folder, ignore_errors=True)
+            line = self.pushes.close(LAST_PATIENCE) if blocking else None
+            if line is not None and " is not on the Hub" in line:
+                raise UserError(line)
+            return line
+
+        return on_main(push)

@@ -128,6 +128,10 @@ def _check_text(path: Path, name: str) -> list[str]:
     if path.suffix in (".safetensors", ".png"):
         return []
     try:
+        with path.open("rb") as file:
+            # What torch writes is large, and no text.
+            if b"\0" in file.read(4096):
+                return []
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         return []
@@ -288,7 +292,8 @@ def _check_tokenizer(folder: Path, vocab_size: int) -> list[str]:
     generation = _read_json(folder, "generation_config.json", problems) or {}
     for name in ("eos_token_id", "pad_token_id"):
         ours, theirs = generation.get(name), getattr(tokenizer, name)
-        if theirs is not None and ours != theirs:
+        # Trainer writes a list of ends.
+        if theirs is not None and theirs not in (ours if isinstance(ours, list) else [ours]):
             problems.append(f"generation_config.json: {name} is {ours}, the tokenizer's is {theirs}")
     return problems
 

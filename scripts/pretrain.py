@@ -120,6 +120,8 @@ def main(
         )
     except (RuntimeError, ImportError) as error:
         raise UserError(f"{recipe}: training: {error}") from error
+    # The model that is exported at the end takes the place of what then still waits.
+    trainer.waits_for_pushes = False
     if main_process:
         print(f"{plan.name}: on {record['device']}")
         if aside:
@@ -130,6 +132,8 @@ def main(
     if trainer.told_to_stop:
         if main_process:
             print(f"told to stop: saved at step {trained.global_step} of {args.max_steps}; the same command goes on")
+            if trainer.pushes is not None:
+                print(trainer.pushes.stop())
         sys.exit(PREEMPTED)
 
     # Under FSDP all processes give up their shards for the export.

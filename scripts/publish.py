@@ -15,7 +15,7 @@ from rezero_hf.checkpoints import MANIFEST, verify_checkpoint
 from rezero_hf.cli import run
 from rezero_hf.errors import UserError
 from rezero_hf.publishing import Repository, check_access, push_folder
-from rezero_hf.staging import complete, stage
+from rezero_hf.staging import left_out, make_publishable, stage
 
 
 def main(
@@ -32,20 +32,24 @@ def main(
         verify_checkpoint(folder)
     name, _, branch = repository.partition("@")
     where = Repository(name, branch or None, private)
+    if push and (problem := check_access(where)) is not None:
+        print(f"{where}: {problem}")
     # On the same disk files are linked instead of copied.
     beside = folder.absolute().parent
     with TemporaryDirectory(prefix=".publish-", dir=beside if os.access(beside, os.W_OK) else None) as staging:
-        ready = complete(stage(folder, Path(staging) / "staged"), name if "/" in name else None)
+        ready = make_publishable(stage(folder, Path(staging) / "staged"), name if "/" in name else None)
         files = sorted(path for path in ready.rglob("*") if path.is_file())
         for path in files:
             print(f"{path.stat().st_size:>15,}  {path.relative_to(ready)}")
         print(f"{sum(path.stat().st_size for path in files):>15,}  bytes in {len(files)} files, verified")
+        if others := left_out(folder):
+            print(f"left out, as no export writes them: {', '.join(others)}")
         if not push:
             print(f"nothing was uploaded; --push uploads this to {where}")
             return
-        if (problem := check_access(where)) is not None:
-            print(f"{where}: {problem}")
-        pushed = push_folder(ready, where, message, patience=60 * patience, tell=print)
+        # Training checkpoints there are for somebody to go on from.
+        words = {"keep": ("checkpoint-*",), "patience": 60 * patience, "tell": print}
+        pushed = push_folder(ready, where, message, **words)
         print(f"{where}: commit {pushed.commit}, after {pushed.attempts} attempt(s) and {pushed.seconds:.1f} s")
 
 

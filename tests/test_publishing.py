@@ -1,6 +1,7 @@
 """A push is one commit or none, whatever the Hub does, and what is there afterwards loads."""
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ from rezero_hf import ReZeroForCausalLM, export_folder, publishing
 from rezero_hf.errors import UserError
 from rezero_hf.hub import USER_SECTION
 from rezero_hf.publishing import PushError, Repository, check_access, push_folder
+from rezero_hf.staging import make_publishable, stage
 
 
 REPO = "me/model"
@@ -20,9 +22,9 @@ WHERE = Repository(REPO)
 HTML = b"<html>busy</html>"
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory, tokenizer, tiny_model):
-    return export_folder(tiny_model(), tokenizer, tmp_path_factory.mktemp("export") / "model")
+@pytest.fixture
+def exported(tmp_path, tokenizer, tiny_model):
+    return export_folder(tiny_model(), tokenizer, tmp_path / "export")
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +59,7 @@ def test_pushing_the_same_again_changes_nothing(hub, exported):
     ("route", "fault"),
     [
         *[(route, fault) for route in ("create", "info", "commit") for fault in (Refuse(503), DROP, DROP_AFTER)],
-        ("commit", Refuse(429, {"Retry-After": "1"})),
+        ("commit", Refuse(429, {"RateLimit": '"api";r=0;t=0'})),
         ("validate_yaml", Refuse(504, body=HTML)),
         ("preupload", Refuse(503, {"Retry-After": "0"})),
         ("lfs_batch", DROP),
@@ -118,13 +120,39 @@ def test_killed_between_upload_and_commit_it_leaves_nothing_half(hub, exported, 
 def test_files_of_an_earlier_push_go_and_others_stay(hub, exported):
     """Shards that the new push has not, and the checkpoint before, leave in the same commit; a stranger's files do not."""
     push_folder(exported, WHERE, "Step 10")
-    earlier = ["model-00001-of-00002.safetensors", "checkpoint-10/model.safetensors", "handler.py", "notes.txt"]
+    strangers = {"handler.py", "notes.txt", "model_ema/weights.safetensors", "figures/mine/a.png"}
+    earlier = ["model-00001-of-00002.safetensors", "checkpoint-10/model.safetensors", *sorted(strangers)]
     HfApi().create_commit(REPO, [CommitOperationAdd(name, b"old") for name in earlier], commit_message="Earlier")
     push_folder(exported, WHERE, "Step 20", keep=("checkpoint-*",))
     there = hub.commits(REPO)[-1].files.keys()
-    assert {"checkpoint-10/model.safetensors", "handler.py", "notes.txt"} <= there
-    push_folder(exported, WHERE, "Step 30")
-    assert hub.commits(REPO)[-1].files.keys() & set(earlier) == {"handler.py", "notes.txt"}
+    assert {"checkpoint-10/model.safetensors", *strangers} <= there
+    lines = []
+    push_folder(exported, WHERE, "Step 30", tell=lines.append)
+    assert hub.commits(REPO)[-1].files.keys() & set(earlier) == strangers
+    assert "removes checkpoint-10/model.safetensors" in lines[0]
+
+
+def test_a_folder_that_loses_files_on_the_way_deletes_none_on_the_hub(hub, exported, tmp_path, monkeypatch):
+    """Gone between two attempts, it is an error; what was pushed before stays whole."""
+    push_folder(exported, WHERE, "Step 10")
+    doomed = stage(exported, tmp_path / "doomed") / "root"
+    (doomed / "recipe.yaml").write_text("changed: yes")
+    hub.fail("commit", Refuse(503))
+    monkeypatch.setattr(publishing.time, "sleep", lambda seconds: shutil.rmtree(doomed, ignore_errors=True))
+    with pytest.raises(PushError):
+        push_folder(doomed, WHERE, "Step 20")
+    with pytest.raises(PushError, match="holds nothing to push"):
+        push_folder(doomed, WHERE, "Step 20")
+    assert hub.commits(REPO)[-1].files.keys() >= names(exported)
+
+
+def test_staging_and_describing_leave_the_source_as_it_was(exported, tmp_path):
+    """The source vouches for its files by hash: a new card for the push is not written through a link."""
+    before = {path: path.read_bytes() for path in exported.rglob("*") if path.is_file()}
+    ready = make_publishable(stage(exported, tmp_path / "staged"), "me/other-name")
+    assert "me/other-name" in (ready / "README.md").read_text()
+    assert {path: path.read_bytes() for path in exported.rglob("*") if path.is_file()} == before
+    assert (ready / "model.safetensors").samefile(exported / "model.safetensors")
 
 
 def test_what_a_reader_wrote_into_the_card_on_the_hub_stays(hub, exported):
@@ -138,10 +166,25 @@ def test_what_a_reader_wrote_into_the_card_on_the_hub_stays(hub, exported):
     merged = hub.commits(REPO)[-1].files["README.md"].decode()
     assert "Trained on a Tuesday." in merged
     assert "## How to use" in merged
-    HfApi().create_commit(REPO, [CommitOperationAdd("README.md", b"# Mine")], commit_message="My own")
-    with pytest.raises(UserError, match="not one of this package's"):
+    (exported / "README.md").write_text(card.replace(USER_SECTION[0], f"{USER_SECTION[0]}\n\nOn a Wednesday."))
+    with pytest.raises(UserError, match="another than the one here"):
         push_folder(exported, WHERE, "Step 30")
+    HfApi().create_commit(REPO, [CommitOperationAdd("README.md", b"# Mine")], commit_message="My own")
+    for act in (lambda: push_folder(exported, WHERE, "Step 30"), lambda: check_access(WHERE)):
+        with pytest.raises(UserError, match="not one of this package's"):
+            act()
     assert hub.commits(REPO)[-1].files["README.md"] == b"# Mine"
+
+
+def test_a_section_written_here_reaches_a_hub_that_has_none(hub, exported):
+    """Nor does the README of metadata alone that the website makes for a licence stand in the way."""
+    HfApi().create_repo(REPO)
+    website = [CommitOperationAdd("README.md", b"---\nlicense: apache-2.0\n---\n")]
+    HfApi().create_commit(REPO, website, commit_message="Licence")
+    card = (exported / "README.md").read_text()
+    (exported / "README.md").write_text(card.replace(USER_SECTION[0], f"{USER_SECTION[0]}\n\nMade at home."))
+    push_folder(exported, WHERE, "Step 10")
+    assert b"Made at home." in hub.commits(REPO)[-1].files["README.md"]
 
 
 def test_a_branch_is_made_and_leaves_main_alone(hub, exported):
@@ -160,6 +203,13 @@ def test_what_cannot_pass_is_said_at_once(hub, exported, where, message):
         with pytest.raises(PushError, match=message) as caught:
             act()
         assert "\n" not in str(caught.value)
+
+
+def test_a_hub_that_does_not_answer_is_given_up(hub, monkeypatch):
+    """Nor does the start of a run hang on it."""
+    monkeypatch.setattr(publishing, "ACCESS_TIMEOUT", 0.2)
+    hub.fail("create", Slow(1.0))
+    assert "timed out" in check_access(WHERE)
 
 
 def test_patience_ends(hub, exported):

@@ -8,9 +8,15 @@ from pathlib import Path
 
 import pytest
 from hub_server import Refuse
-from transformers import TrainerControl, TrainerState
 
-from rezero_hf import ReZeroTrainer, ReZeroTrainingArguments, push_queue
+from rezero_hf import (
+    ReZeroForSequenceClassification,
+    ReZeroTrainer,
+    ReZeroTrainingArguments,
+    export_folder,
+    push_queue,
+)
+from rezero_hf.checkpoints import checkpoints_in, newest_complete, verify_checkpoint
 from rezero_hf.errors import UserError
 from rezero_hf.publishing import Repository
 from rezero_hf.push_queue import PushQueue
@@ -41,29 +47,33 @@ def pretrain(hub, home, *words):
 
 
 def test_a_run_pushes_what_loads_and_goes_on_elsewhere(hub, text_file, tmp_path):
-    """Every commit of a run verifies and loads without the package; another machine goes on from the repository.
+    """Every commit of a run verifies and loads without the package; another machine goes on from the one in the middle.
 
-    The Hub is busy at first, and is asked again. Of the checkpoints only the newest is kept there.
+    The Hub is busy at first, and is asked again. Of the checkpoints only the newest is kept there, and those on disk
+    stay as they were written.
     """
     hub.fail("commit", Refuse(503), Refuse(429, {"Retry-After": "1"}))
     words = [f"data.sources={text_file}", f"data.cache_dir={tmp_path / 'cache'}", "training.push_to_hub=true"]
-    words += [f"training.hub_model_id={REPO}", "training.hub_strategy=checkpoint"]
+    words += [f"training.hub_model_id={REPO}", "training.hub_strategy=checkpoint", "training.save_total_limit=2"]
     done = pretrain(hub, tmp_path / "home", *words, "--output", tmp_path / "run")
     assert done.returncode == 0, done.stderr[-3000:]
     initial, *commits = hub.commits(REPO)
     rows = [json.loads(line) for line in (tmp_path / "run" / "pushes.jsonl").read_text().splitlines()]
     assert [row["commit"] for row in rows] == [commit.sha for commit in commits]
     assert f"step 4 is on the Hub: {REPO}, commit {commits[-1].sha}" in done.stdout
-    assert rows[0]["step"] == 2
-    assert rows[0]["attempts"] == 3
+    assert (rows[0]["step"], rows[0]["attempts"]) == (2, 3)
+    for checkpoint in checkpoints_in(tmp_path / "run" / "checkpoints"):
+        verify_checkpoint(checkpoint)
 
-    folders = [tmp_path / f"model-{number}" for number in range(len(commits))]
+    folders = [tmp_path / f"commit-{number}" for number in range(len(commits))]
     for folder, commit in zip(folders, commits, strict=True):
-        there = {name for name in commit.files if name.startswith("checkpoint-")}
-        assert {name.partition("/")[0] for name in there} == {f"checkpoint-{4 if commit is commits[-1] else 2}"}
-        for name in commit.files.keys() - initial.files.keys() - there:
+        for name in commit.files.keys() - initial.files.keys():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(commit.files[name])
+        (checkpoint,) = checkpoints_in(folder)
+        assert checkpoint.name == ("checkpoint-4" if commit is commits[-1] else "checkpoint-2")
+        assert newest_complete(folder) == (checkpoint, [])
+        checkpoint.rename(folder.with_name(f"{folder.name}-{checkpoint.name}"))
         verify_folder(folder)
         assert (b"This is step" in commit.files["README.md"]) == (commit is not commits[-1])
     alone = [sys.executable, "-I", "-c", LOAD, *map(str, folders)]
@@ -71,12 +81,28 @@ def test_a_run_pushes_what_loads_and_goes_on_elsewhere(hub, text_file, tmp_path)
     assert loaded.returncode == 0, loaded.stderr[-3000:]
 
     words = [word for word in words if "hub" not in word]
-    elsewhere = [*words, "--output", tmp_path / "elsewhere", "--resume-from", f"{REPO}@{commits[-1].sha}"]
+    elsewhere = [*words, "--output", tmp_path / "elsewhere", "--resume-from", f"{REPO}@{commits[0].sha}"]
     done = pretrain(hub, tmp_path / "other-home", *elsewhere)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "going on from" in done.stdout
     ends = [json.loads((tmp_path / name / "run.json").read_text())["results"] for name in ("run", "elsewhere")]
     assert ends[0] == ends[1]
+
+
+def test_a_script_of_ones_own_pushes_too(hub, tiny_model, tokenizer, tmp_path, monkeypatch):
+    """`ReZeroTrainer` with the library's words alone: what it saves is on the Hub when `train` is over."""
+    for name, value in hub.environment(tmp_path / "home").items():
+        monkeypatch.setenv(name, value)
+    words = {"max_steps": 1, "save_steps": 1, "report_to": "none", "push_to_hub": True, "hub_model_id": REPO}
+    rows = [{"input_ids": list(range(8)), "labels": list(range(8))}] * 8
+    args = ReZeroTrainingArguments(tmp_path / "out", **words)
+    trainer = ReZeroTrainer(tiny_model(eos_token_id=256), args, train_dataset=rows, processing_class=tokenizer)
+    trainer.train()
+    assert [row.get("failed") for row in trainer.pushes.rows()] == [None]
+    assert hub.commits(REPO)[-1].message == "Step 1"
+    for word in ({"revision": "dev"}, {"tags": ["x"]}):
+        with pytest.raises(UserError, match="say it in the training arguments"):
+            trainer.push_to_hub(**word)
 
 
 # A push that takes the place of the real one where only the queue is looked at: it waits for a file, then notes itself.
@@ -89,71 +115,121 @@ while not gate.exists():
 if gate.read_text() == "die":
     sys.exit(9)
 with open(request["journal"], "a") as journal:
-    journal.write(json.dumps({"step": request["step"], "commit": "c" * 40, "attempts": 1, "seconds": 0.0}) + "\\n")
+    row = {"step": request["step"], "to": request["to"], "commit": "c" * 40, "attempts": 1, "seconds": 0.0}
+    journal.write("\\n" + json.dumps({**row, "checkpoints": [f"checkpoint-{request['step']}"]}) + "\\n")
 """
 
 
 @pytest.fixture
 def queue(monkeypatch, tmp_path):
+    """Makes a queue whose pushes are stand-ins, and which does not wait long for last words."""
     monkeypatch.setattr(push_queue, "COMMAND", (sys.executable, "-c", STAND_IN))
-    return PushQueue(Repository(REPO), tmp_path / "run")
+    monkeypatch.setattr(push_queue, "LAST_WORDS", 0.1)
+    (tmp_path / "run").mkdir()
+
+    def make(strategy="every_save"):
+        return PushQueue(Repository(REPO), tmp_path / "run" / "pushes.jsonl", tmp_path / "run" / "out", strategy)
+
+    return make
 
 
 def saved(folder, *steps):
+    checkpoints = []
     for step in steps:
-        checkpoint = folder / f"checkpoint-{step}"
-        checkpoint.mkdir(parents=True)
-        (checkpoint / "config.json").write_text("{}")
-        yield checkpoint
+        checkpoints.append(folder / f"checkpoint-{step}")
+        checkpoints[-1].mkdir(parents=True)
+        (checkpoints[-1] / "config.json").write_text("{}")
+    return checkpoints
+
+
+def go(tmp_path, *steps, how=""):
+    for step in steps:
+        (tmp_path / "run" / f"go-{step}").write_text(how)
 
 
 def test_a_save_that_waits_gives_way_to_a_newer_one(queue, tmp_path):
     """While one push runs, of those behind it only the newest is kept; deleting checkpoints meanwhile harms none."""
-    for step, checkpoint in zip((2, 4, 6), saved(tmp_path, 2, 4, 6), strict=True):
-        queue.put(checkpoint, step)
+    pushes = queue()
+    for checkpoint in saved(tmp_path, 2, 4, 6):
+        pushes.saved(checkpoint)
         (checkpoint / "config.json").unlink()
-    (tmp_path / "run" / "go-2").touch()
-    (tmp_path / "run" / "go-6").touch()
-    assert queue.close(30) == f"step 6 is on the Hub: {REPO}, commit {'c' * 40}"
-    assert [row["step"] for row in queue.rows()] == [2, 6]
-    assert not (tmp_path / "run" / "push").exists()
+    go(tmp_path, 2, 6)
+    assert pushes.close(30) == f"step 6 is on the Hub: {REPO}, commit {'c' * 40}"
+    assert [row["step"] for row in pushes.rows()] == [2, 6]
+    assert not list((tmp_path / "run" / "out").iterdir())
 
 
 def test_a_push_that_dies_or_never_ends_is_told_and_costs_nothing(queue, tmp_path, capsys):
-    """A process that is killed, and one that hangs at the end of the run, are a line each."""
-    first, second = saved(tmp_path, 2, 4)
-    queue.put(first, 2)
-    (tmp_path / "run" / "go-2").write_text("die")
-    assert queue.close(30) == "step 2 is not on the Hub: the process that pushes ended with 9"
-    queue.put(second, 4)
-    assert queue.close(0.2) == "step 4 is not on the Hub: not done in 0 s"
-    assert "step 4 was not pushed" in capsys.readouterr().out
+    """A process that is killed is a line, also where one of the same step came through; one that hangs at the end of
+    the run is ended, and the finished model still gets its turn."""
+    pushes, (first, second) = queue(), saved(tmp_path, 2, 4)
+    pushes.put(first, 2)
+    go(tmp_path, 2)
+    assert "is on the Hub" in pushes.close(30)
+    go(tmp_path, 2, how="die")
+    pushes.put(first, 2)
+    assert pushes.close(30) == "step 2 is not on the Hub: the process that pushes ended with 9"
+    pushes.put(second, 4)
+    pushes.put(first, 2)
+    go(tmp_path, 2)
+    assert "step 2 is on the Hub" in pushes.close(30, grace=0.1)
+    assert "step 4 was not pushed: not done in" in capsys.readouterr().out
 
 
-def test_after_a_restart_the_hub_gets_what_it_lacks(queue, tmp_path, monkeypatch):
-    """The newest whole checkpoint is pushed at the start of a resumed run, unless the journal knows it to be there."""
+def test_what_is_wrong_with_the_journal_does_not_reach_the_run(queue, tmp_path, monkeypatch, capsys):
+    """A line that a kill tore, a file that cannot be written, a process that cannot start: a line on the screen."""
+    pushes, (first, second) = queue(), saved(tmp_path, 2, 4)
+    pushes.journal.write_text('{"step": 1, "comm')
+    go(tmp_path, 2)
+    pushes.put(first, 2)
+    assert "step 2 is on the Hub" in pushes.close(30)
+    monkeypatch.setattr(push_queue, "COMMAND", ("/nowhere/python",))
+    pushes.journal = tmp_path / "run"
+    pushes.put(second, 4)
+    shown = capsys.readouterr().out
+    assert "step 4 was not pushed: no process to push from" in shown
+    assert "Is a directory" in shown
+
+
+def test_after_a_restart_the_hub_gets_what_it_lacks(queue, tmp_path):
+    """The checkpoint that a run goes on from is pushed, unless the journal knows it to be in this place."""
     (checkpoint,) = saved(tmp_path, 4)
-    monkeypatch.setattr(push_queue, "newest_complete", lambda folder: (checkpoint, []))
-    begin = [ReZeroTrainingArguments(tmp_path, report_to="none"), TrainerState(global_step=4), TrainerControl()]
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "go-4").touch()
-    for _ in range(2):
-        queue.on_train_begin(*begin)
-        queue.close(30)
-    assert [row["step"] for row in queue.rows()] == [4]
+    go(tmp_path, 4)
+    for strategy in ("every_save", "every_save", "checkpoint"):
+        pushes = queue(strategy)
+        pushes.resumed(checkpoint)
+        pushes.close(30)
+    assert [row["to"] for row in pushes.rows()] == [f"{REPO} (every_save)", f"{REPO} (checkpoint)"]
 
 
-def test_a_folder_that_must_not_leave_this_machine_does_not(hub, tmp_path, capsys):
-    """What is not whole, or holds a token, is refused by the real process before anything is sent."""
-    (checkpoint,) = saved(tmp_path, 2)
-    (checkpoint / "recipe.yaml").write_text("password: hf_" + "x" * 30)
-    queue = PushQueue(Repository(REPO), tmp_path / "run")
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in hub.environment(tmp_path / "home").items():
-            patch.setenv(name, value)
-        queue.put(checkpoint, 2)
-        line = queue.close(60)
-    assert line.startswith("step 2 is not on the Hub")
+def test_no_checkpoint_is_left_out_where_all_are_wanted(queue, tmp_path, monkeypatch):
+    """One that waited goes with the next; of an earlier run's there, none would be gone on from by mistake."""
+    requests = []
+    popen = subprocess.Popen
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda command, **kw: requests.append(json.loads(command[-1])) or popen(command, **kw)
+    )
+    pushes = queue("all_checkpoints")
+    for checkpoint in saved(tmp_path, 2, 4, 6):
+        pushes.saved(checkpoint)
+    there = {path.name for path in (Path(pushes._waiting["staged"]) / "beside").iterdir()}
+    assert there == {"checkpoint-4", "checkpoint-6"}
+    go(tmp_path, 2, 6)
+    pushes.close(30)
+    assert [request["keep"] for request in requests] == [[], ["checkpoint-2/*"]]
+
+
+def test_a_folder_that_must_not_leave_this_machine_does_not(hub, tokenizer, tiny_model, tmp_path, monkeypatch):
+    """A whole model with a token in its recipe is refused by the real process, and nothing is sent."""
+    for name, value in hub.environment(tmp_path / "home").items():
+        monkeypatch.setenv(name, value)
+    folder = export_folder(tiny_model(), tokenizer, tmp_path / "model")
+    (folder / "recipe.yaml").write_text("password: hf_" + "x" * 30)
+    pushes = PushQueue(Repository(REPO), tmp_path / "pushes.jsonl", tmp_path / "out")
+    pushes.put(folder, 2)
+    line = pushes.close(60)
+    assert "step 2 is not on the Hub" in line
+    assert "recipe.yaml: holds an access token" in line
     assert not any(method == "POST" for method, _ in hub.requests)
 
 
@@ -165,22 +241,31 @@ def test_a_folder_that_must_not_leave_this_machine_does_not(hub, tmp_path, capsy
         ({"hub_model_id": REPO, "hub_strategy": "checkpoint", "save_only_model": True}, "save_only_model=false"),
     ],
 )
-def test_what_could_never_be_pushed_is_said_before_training(hub, tiny_model, tmp_path, words, message):
+def test_what_could_never_be_pushed_is_said_before_training(hub, tiny_model, tokenizer, tmp_path, words, message):
     """A missing name, a token that may not write, a strategy that contradicts the saves: one line at the start."""
     args = ReZeroTrainingArguments(tmp_path, report_to="none", push_to_hub=True, max_steps=1, **words)
     with pytest.raises(UserError, match=message):
-        ReZeroTrainer(tiny_model(), args)
+        ReZeroTrainer(tiny_model(), args, processing_class=tokenizer)
 
 
-def test_a_hub_out_of_reach_does_not_stop_a_run(hub, tiny_model, tmp_path, capsys):
+def test_a_hub_out_of_reach_does_not_stop_a_run(hub, tiny_model, tokenizer, tmp_path, capsys):
     """At the start of a run a Hub that is down is a line, and so is a token gone wrong when the run goes on."""
     hub.fail("create", Refuse(503))
     args = ReZeroTrainingArguments(tmp_path, report_to="none", push_to_hub=True, hub_model_id=REPO, max_steps=1)
-    ReZeroTrainer(tiny_model(), args)
-    next(iter(saved(tmp_path, 2)))
+    ReZeroTrainer(tiny_model(), args, processing_class=tokenizer)
+    saved(tmp_path, 2)
     args.hub_token = "hf_wrong"
-    ReZeroTrainer(tiny_model(), args)
+    ReZeroTrainer(tiny_model(), args, processing_class=tokenizer)
     shown = capsys.readouterr().out
     assert shown.count("training goes on") == 2
     assert "503" in shown
     assert "401" in shown
+
+
+def test_another_model_is_not_pushed_by_halves(hub, tiny_model, tokenizer, tmp_path):
+    """A head without a card, and a model without its tokenizer, are refused before training."""
+    args = ReZeroTrainingArguments(tmp_path, report_to="none", push_to_hub=True, hub_model_id=REPO, max_steps=1)
+    with pytest.raises(UserError, match="pushes ReZeroForCausalLM with its tokenizer"):
+        ReZeroTrainer(tiny_model(ReZeroForSequenceClassification), args, processing_class=tokenizer)
+    with pytest.raises(UserError, match="pushes ReZeroForCausalLM with its tokenizer"):
+        ReZeroTrainer(tiny_model(), args)
