@@ -16,7 +16,6 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .corpora import open_corpus
 from .packing import write_shards
+from .randomness import permute
 from .shards import INDEX_NAME, TokenStream
 from .sources import SPLITS, DataError, Source, explained
 from .tokenization import check_tokenizer, tokenizer_fingerprint
@@ -359,37 +359,3 @@ def mixture_pattern(weights: list[float]) -> tuple[np.ndarray, np.ndarray, np.nd
     sources = np.repeat(np.arange(len(weights)), counts)
     order = np.argsort((ranks + 0.5) / counts[sources], kind="stable")
     return sources[order], ranks[order], counts
-
-
-def permute(index: int, size: int, key: tuple[int, ...]) -> int:
-    """Where a permutation of range(size) that `key` selects sends `index`: O(1) time and memory.
-
-    A Feistel network over the next even power of two, applied again until the result is in range (cycle walking),
-    which takes fewer than four rounds on average.
-    """
-    half = max(1, math.ceil((size - 1).bit_length() / 2))
-    mask = (1 << half) - 1
-    round_keys = _round_keys(key)
-    while True:
-        left, right = index >> half, index & mask
-        for round_key in round_keys:
-            left, right = right, left ^ (_mix(right ^ round_key) & mask)
-        index = left << half | right
-        if index < size:
-            return index
-
-
-@lru_cache(maxsize=64)
-def _round_keys(key: tuple[int, ...], rounds: int = 6) -> tuple[int, ...]:
-    state = 0
-    for part in key:
-        state = _mix(state ^ _mix(part))
-    return tuple(_mix(state + number) for number in range(1, rounds + 1))
-
-
-def _mix(value: int) -> int:
-    """splitmix64: every bit of the result depends on every bit of the value."""
-    value = (value + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
-    value = ((value ^ value >> 30) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-    value = ((value ^ value >> 27) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
-    return value ^ value >> 31

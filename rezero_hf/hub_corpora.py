@@ -12,7 +12,7 @@ from .sources import Corpus, DataError, Piece, Source, explained, in_pieces, mem
 
 
 # In the order in which they are read: what is held out must be known before training text is handed out.
-_SPLIT_NAMES = {"test": ("test",), "validation": ("validation", "valid", "val", "dev"), "train": ("train",)}
+SPLIT_NAMES = {"test": ("test",), "validation": ("validation", "valid", "val", "dev"), "train": ("train",)}
 
 
 class HubText(Corpus):
@@ -47,33 +47,20 @@ class HubText(Corpus):
             "max_documents": source.max_documents,
             "fractions": self._fractions,
         }
-        memory = memory_file(self._cache_dir, [self._name, source.revision, key])
-        known = recall(memory)
-        pinned = re.fullmatch("[0-9a-f]{40}", source.revision or "")
-        if not (pinned and known):
-            try:
-                commit = load_dataset_builder_or_explain(
-                    self.label, self._name, source.config_name, revision=source.revision
-                ).hash
-            except DataError:
-                if Path(self._name).exists() or not known:
-                    raise
-            else:
-                known = {**key, "version": commit}
-                remember(memory, known)
-        return known
+        memory = memory_file(self._cache_dir, ["version", self._name, source.revision, key])
+        return {**key, "version": current_version(self.label, self._name, source.config_name, source.revision, memory)}
 
     def pieces(self) -> Iterator[Piece]:
-        source, version = self._source, self.identity()["version"]
-        on_hub = re.fullmatch("[0-9a-f]{40}", version) and not Path(self._name).exists()
-        dataset = load_dataset_or_explain(
+        source = self._source
+        dataset = load_version(
             self.label,
             self._name,
             source.config_name,
-            revision=version if on_hub else source.revision,
+            source.revision,
+            self.identity()["version"],
             streaming=source.streaming,
         )
-        own = {split: next((n for n in names if n in dataset), None) for split, names in _SPLIT_NAMES.items()}
+        own = {split: next((n for n in names if n in dataset), None) for split, names in SPLIT_NAMES.items()}
         if own["train"] is None:
             raise DataError(f"{self.label} has no split named train, only {', '.join(dataset)}: use another data set")
         carved = {split: share for split, share in self._fractions.items() if own[split] is None}
@@ -122,6 +109,40 @@ def _carve(digest: int, fractions: dict[str, float]) -> str:
             return split
         position -= fraction
     return "train"
+
+
+def current_version(label: str, name: str, config_name: str | None, revision: str | None, memory: Path) -> str:
+    """The commit that a data set's revision points to now; without a network, the one it pointed to last time.
+
+    Of a local folder it is a hash of its files. A revision that is a commit is not asked for twice.
+
+    Args:
+        label: what messages call it.
+        name, config_name, revision: as `load_dataset` takes them.
+        memory: the `memory_file` that remembers the answer.
+
+    Raises:
+        DataError: it cannot be read, and never could.
+    """
+    known = recall(memory)
+    if known and re.fullmatch("[0-9a-f]{40}", revision or ""):
+        return known
+    try:
+        version = load_dataset_builder_or_explain(label, name, config_name, revision=revision).hash
+    except DataError:
+        if Path(name).exists() or not known:
+            raise
+        return known
+    remember(memory, version)
+    return version
+
+
+def load_version(
+    label: str, name: str, config_name: str | None, revision: str | None, version: str, **kwargs: Any
+) -> Any:
+    """`load_dataset` at what `current_version` said, whatever the revision points to by now."""
+    on_hub = re.fullmatch("[0-9a-f]{40}", version) and not Path(name).exists()
+    return load_dataset_or_explain(label, name, config_name, revision=version if on_hub else revision, **kwargs)
 
 
 def load_dataset_or_explain(label: str, *args: Any, **kwargs: Any) -> Any:

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rezero_hf import corpora, data, packing, shards
 from rezero_hf.corpora import Enwik8, Enwik8Facts
-from rezero_hf.data import DataConfig, EvalBlocks, Source, TrainBlocks, mixture_pattern, permute, prepare
+from rezero_hf.data import DataConfig, EvalBlocks, Source, TrainBlocks, mixture_pattern, prepare
 from rezero_hf.sources import DataError
 from rezero_hf.tokenization import byte_tokenizer, token_byte_lengths, train_bpe
 
@@ -280,23 +280,6 @@ def test_bad_evaluation_requests(tmp_path, text_file):
     ):
         with pytest.raises(DataError, match=message):
             EvalBlocks(prepared, split, blocks)
-
-
-@settings(deadline=None)
-@given(size=st.integers(1, 3000), key=st.tuples(st.integers(0, 2**70), st.integers(0, 9)))
-def test_permutation_is_a_bijection(size, key):
-    """Every index has exactly one image in range."""
-    assert sorted(permute(i, size, key) for i in range(size)) == list(range(size))
-
-
-def test_permutations_shuffle_and_differ():
-    """Different keys give unrelated orders, and neighbours do not stay neighbours."""
-    orders = [[permute(i, 1000, (seed, epoch)) for i in range(1000)] for seed in (0, 1) for epoch in (0, 1)]
-    for i, one in enumerate(orders):
-        assert abs(np.corrcoef(one, range(1000))[0, 1]) < 0.15
-        assert sum(b - a == 1 for a, b in itertools.pairwise(one)) < 10
-        for two in orders[:i]:
-            assert sum(a == b for a, b in zip(one, two, strict=True)) < 10
 
 
 @settings(deadline=None)

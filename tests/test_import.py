@@ -13,7 +13,17 @@ import rezero_hf
 
 
 # Packages, and modules of Transformers, that only data, training, figures or evaluation need.
-HEAVY = ("datasets", "evaluate", "matplotlib", "pandas", "tensorboard", "trackio", "transformers.trainer")
+HEAVY = (
+    "datasets",
+    "evaluate",
+    "matplotlib",
+    "pandas",
+    "tensorboard",
+    "trackio",
+    "kornia",
+    "sklearn",
+    "transformers.trainer",
+)
 OWN_HEAVY = (
     "training",
     "arguments",
@@ -28,6 +38,8 @@ OWN_HEAVY = (
     "tokenization",
     "optim",
     "images",
+    "image_data",
+    "augmentation",
 )
 
 
