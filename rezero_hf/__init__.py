@@ -41,6 +41,7 @@ _LAZY = {
     "parameter_groups": "optim",
     "signal_norms": "diagnostics",
     "signal_record": "diagnostics",
+    "toy_landscape": "toy_model",
     "verify_folder": "verification",
 }
 
