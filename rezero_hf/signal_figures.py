@@ -13,7 +13,7 @@ from .toy_model import ToyLandscape
 
 
 # What decades of a spectrum are drawn: at the left everything that is lost, at the right everything that has exploded.
-SPECTRUM_DECADES = (-8, 4)
+SPECTRUM_DECADES = (round(math.log10(ZERO)), 4)
 NORM_DECADES = (-10, 10)
 # Of the histogram, in decades: a whole number of the tenths that records count.
 BAR_WIDTH = 0.5
@@ -51,10 +51,10 @@ def norm_curves(records: Mapping[str, dict], path: str | Path) -> Path:
         axes.plot(np.arange(len(stream)), stream, color=BLUE, linewidth=2.4, label="stream")
         axes.plot(np.arange(len(gradient)), gradient, color=VERMILION, linewidth=1.8, linestyle="--", label="gradient")
         axes.set_title(title)
-        axes.set_xlim(0, len(stream) - 1)
         axes.grid(axis="y", color="#EEEEEE", linewidth=0.8)
         axes.set_axisbelow(True)
         axes.xaxis.get_major_locator().set_params(integer=True, nbins=5)
+    axes.set_xlim(0, max(len(record["norms"]["activation"]) for record in records.values()) - 1)
     axes.set_yscale("log")
     low, high = np.clip(np.log10(axes.get_ylim()), *NORM_DECADES)
     axes.set_ylim(10.0 ** math.floor(low), 10.0 ** math.ceil(high))
@@ -156,9 +156,9 @@ def _check(records: Mapping) -> None:
 
 
 def _grid(count: int, height: float):
-    """Panels in rows of up to four on common scales, the unused ones taken away."""
-    columns = min(count, 4)
-    rows = -(-count // columns)
+    """Panels in as few rows of up to four as there must be, the unused ones taken away."""
+    rows = -(-count // 4)
+    columns = -(-count // rows)
     figure, panels = new_figure(1.2 + height * rows, columns=columns, rows=rows)
     panels = np.ravel(panels)
     for unused in panels[count:]:
@@ -185,7 +185,8 @@ def _histogram(axes, jacobian: dict, title: str) -> None:
     log10, counts = (np.array(jacobian["histogram"][name]) for name in ("log10", "counts"))
     share = counts / counts.sum()
     zero = log10 < math.log10(ZERO)
-    lost = share[zero].sum()
+    # The recorded share and not the bins': those are rounded, and tables show this one.
+    lost = jacobian["share_zero"] or 0.0
     axes.bar(low - 0.75, lost, width=BAR_WIDTH, color=VERMILION)
     shown = (np.clip(log10[~zero], low, high) / BAR_WIDTH).round() * BAR_WIDTH
     axes.hist(shown, np.arange(low - BAR_WIDTH / 2, high + BAR_WIDTH, BAR_WIDTH), weights=share[~zero], color=BLUE)
