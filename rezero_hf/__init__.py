@@ -32,11 +32,16 @@ _LAZY = {
     "ReZeroTrainingArguments": "arguments",
     "byte_tokenizer": "tokenization",
     "cifar_image_processor": "images",
+    "estimate_chi": "diagnostics",
     "export_folder": "export",
     "gates": "optim",
+    "input_output_jacobian": "diagnostics",
     "load_recipe": "recipe",
     "make_optimizer": "optim",
     "parameter_groups": "optim",
+    "signal_norms": "diagnostics",
+    "signal_record": "diagnostics",
+    "toy_landscape": "toy_model",
     "verify_folder": "verification",
 }
 

@@ -1,4 +1,4 @@
-"""Every plot of the project, drawn from recorded rows and from nothing else.
+"""Every plot of a training run, drawn from recorded rows and from nothing else.
 
 The pictures end up in model cards, which show them about 800 pixels wide, often on a small screen: few words, large
 type, colours that survive colour blindness and a grey printer. Matplotlib is imported where it is used and without its
@@ -17,7 +17,7 @@ import numpy as np
 BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#555555"
 TICK_STEPS = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
 
-_STYLE = {
+STYLE = {
     "font.size": 11,
     "axes.labelsize": 12,
     "axes.titlesize": 12,
@@ -78,7 +78,7 @@ def loss_curve(metrics: Sequence[dict], path: str | Path) -> Path:
     if not finite:
         raise ValueError("metrics hold no finite bits_per_byte in any train or validation row: no loss curve to draw")
 
-    figure, axes = _figure(4.6)
+    figure, axes = new_figure(4.6)
     steps, values = _series(training)
     if len(steps):
         # A handful of rows needs no smoothing, and a line through their mean would hide them.
@@ -118,7 +118,7 @@ def loss_curve(metrics: Sequence[dict], path: str | Path) -> Path:
     axes.set_axisbelow(True)
     axes.legend(loc="upper right", frameon=False)
     _tokens_axis(axes, training)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def gate_map(metrics: Sequence[dict], path: str | Path) -> Path:
@@ -143,7 +143,7 @@ def gate_map(metrics: Sequence[dict], path: str | Path) -> Path:
     layers, _, panels = alpha.shape
     titles = ("attention", "FFN") if panels == 2 else ("",) * panels
 
-    figure, axes = _figure(min(6.4, 3.6 + layers / 24), panels)
+    figure, axes = new_figure(min(6.4, 3.6 + layers / 24), panels)
     # One symmetric scale, so that white is a branch switched off and the two signs compare.
     limit = np.abs(alpha).max(initial=0.0, where=np.isfinite(alpha)) or 1.0
     edges = _edges(steps)
@@ -168,7 +168,7 @@ def gate_map(metrics: Sequence[dict], path: str | Path) -> Path:
     used = alpha[np.isfinite(alpha)]
     if used.any():
         bar.ax.set_ylim(min(used.min(), 0.0), max(used.max(), 0.0))
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _rows(metrics: Sequence[dict], event: str) -> list[dict]:
@@ -207,19 +207,20 @@ def _edges(steps: np.ndarray) -> np.ndarray:
     return np.concatenate([[2 * steps[0] - middle[0]], middle, [2 * steps[-1] - middle[-1]]])
 
 
-def _figure(height: float, panels: int = 1):
-    """A figure 8 inches wide without pyplot, and its axes (an array of them for several panels)."""
+def new_figure(height: float, columns: int = 1, rows: int = 1):
+    """A figure 8 inches wide without pyplot, and its axes (an array of them for several panels) on common scales."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8, height), layout="constrained")
         FigureCanvasAgg(figure)
-        return figure, figure.subplots(1, panels, sharey=True)
+        return figure, figure.subplots(rows, columns, sharex=True, sharey=True)
 
 
-def _save(figure, path: str | Path) -> Path:
+def save(figure, path: str | Path) -> Path:
+    """Write a figure as PNG, in a folder made if needed; the same figure gives the same bytes."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Twice the size at which a card shows it, for screens with small pixels.

@@ -1,0 +1,106 @@
+"""Show what a network does to signals and gradients: of a checkpoint, or of a recipe's model before training.
+
+    python scripts/inspect_signal.py runs/quickstart/model
+    python scripts/inspect_signal.py scripts/recipes/quickstart.yaml model.residual=post_norm model.num_hidden_layers=64
+
+Language models read the first tokens of `--text` (by default this file), image models get normal noise, as in the
+authors' notebook. Wide or long inputs have only the mean squared singular value of their Jacobian estimated.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from transformers import AutoConfig, set_seed
+
+import rezero_hf
+from rezero_hf.cli import run
+from rezero_hf.diagnostics import signal_record
+from rezero_hf.errors import UserError
+from rezero_hf.recipe import load_recipe
+from rezero_hf.signal_figures import norm_curves
+from rezero_hf.tokenization import load_tokenizer
+
+
+LANGUAGE_MODELS = ("ReZeroForCausalLM", "ReZeroForMaskedLM")
+
+
+def show(value: float | None) -> str:
+    """A number as the table has it; a dash where there is none or it is not finite."""
+    return "-" if value is None else f"{value:.3g}"
+
+
+def main(
+    *,
+    model: Annotated[str, typer.Argument(help="a checkpoint (folder or Hub id), or a YAML recipe")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, over the recipe")] = None,
+    text: Annotated[Path, typer.Option(help="what a language model reads")] = Path(__file__),
+    inputs: Annotated[int, typer.Option(min=1, help="pieces of text, or images")] = 4,
+    tokens: Annotated[int, typer.Option(min=2, help="tokens of a piece")] = 16,
+    seed: Annotated[int, typer.Option(help="of the noise and labels of images")] = 0,
+    output: Annotated[Path | None, typer.Option(help="where the whole record goes, as JSON")] = None,
+    figure: Annotated[
+        Path | None, typer.Option(help="where the norms of stream and gradient are drawn, as PNG")
+    ] = None,
+) -> None:
+    """Print RMS of stream and gradient, gates and their use for each layer, and the spectrum of the Jacobian."""
+    if model.endswith((".yaml", ".yml")):
+        recipe = load_recipe(model, overrides or ())
+        tokenizer = load_tokenizer(recipe.data.tokenizer)
+        set_seed(recipe.training.get("seed", 42))
+        network = rezero_hf.ReZeroForCausalLM(recipe.model_config(tokenizer))
+    else:
+        if overrides:
+            raise UserError(f"{overrides[0]!r} goes with a recipe; a checkpoint is what it is.")
+        try:
+            name = (AutoConfig.from_pretrained(model).architectures or ["nothing"])[0]
+        except (OSError, ValueError) as error:
+            raise UserError(f"{model}: no checkpoint here ({str(error).splitlines()[0]}).") from error
+        if name not in rezero_hf.__all__:
+            raise UserError(f"{model}: holds {name}, not a model of rezero_hf.")
+        network = getattr(rezero_hf, name).from_pretrained(model)
+        tokenizer = None if network.main_input_name == "pixel_values" else load_tokenizer(model)
+
+    if tokenizer is None:
+        generator = torch.Generator().manual_seed(seed)
+        config, size = network.config, getattr(network.config, "image_size", 32)
+        batch = {"pixel_values": torch.randn(inputs, config.num_channels, size, size, generator=generator)}
+        if hasattr(network, "classifier"):
+            batch["labels"] = torch.randint(config.num_labels, (inputs,), generator=generator)
+    else:
+        ids = tokenizer(text.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"][: inputs * tokens]
+        if len(ids) < inputs * tokens:
+            raise UserError(f"{text}: {len(ids)} tokens, fewer than {inputs} x {tokens}; lower --inputs or --tokens.")
+        batch = {"input_ids": torch.tensor(ids).view(inputs, tokens)}
+        if type(network).__name__ in LANGUAGE_MODELS:
+            batch["labels"] = batch["input_ids"]
+
+    record = signal_record(network, batch)
+    norms, jacobian = record["norms"], record["jacobian"]
+    gradients = norms["gradient"] or [None] * len(norms["activation"])
+    print(f"{'layer':>5}  {'stream':>9}  {'gradient':>9}  {'alpha':>16}  relative update")
+    for after, (activation, gradient) in enumerate(zip(norms["activation"], gradients, strict=True), start=-1):
+        name, alpha, update = "input", "", ""
+        if after >= 0:
+            name = str(after)
+            alpha = " ".join(map(show, norms["alpha"][after])) if norms["alpha"] else ""
+            update = "  ".join(f"{branch} {show(values[after])}" for branch, values in norms["update"].items())
+        print(f"{name:>5}  {show(activation):>9}  {show(gradient):>9}  {alpha:>16}  {update}".rstrip())
+    print(f"mean squared singular value of the input-output Jacobian: {show(jacobian['chi'])}", end=" ")
+    if jacobian["method"] == "exact":
+        low, median, high = (jacobian["quantiles"][q] for q in ("0", "0.5", "1"))
+        print(
+            f"(from {show(low)} over {show(median)} to {show(high)}; share below 1e-8: {show(jacobian['share_zero'])})"
+        )
+    else:
+        print(f"+- {show(jacobian['standard_error'])} (estimated)")
+    if output is not None:
+        output.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    if figure is not None:
+        norm_curves({Path(model).name: record}, figure)
+
+
+if __name__ == "__main__":
+    run(main)
