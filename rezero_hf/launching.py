@@ -3,6 +3,7 @@
 import ctypes
 import math
 import os
+import re
 import signal
 import sys
 from typing import Any
@@ -20,6 +21,10 @@ from .planning import describe, make_plan
 from .runs import cores
 
 
+# What a launcher tells its processes.
+LAUNCHER = re.compile(
+    r"(ACCELERATE|FSDP|PARALLELISM_CONFIG|TORCHELASTIC)_.*|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)"
+)
 # Of Linux' prctl: the signal to get when the parent process ends.
 PR_SET_PDEATHSIG = 1
 
@@ -50,6 +55,11 @@ def end_with_parent() -> None:
     """Have this process told to end (SIGTERM) when the one that started it is gone. Linux alone can."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def outside_the_launch() -> dict[str, str]:
+    """The environment for a process that is not one of the run's, and must not join them."""
+    return {name: value for name, value in os.environ.items() if not LAUNCHER.fullmatch(name)}
 
 
 def sharding_of(model: nn.Module) -> str:

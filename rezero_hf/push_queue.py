@@ -8,7 +8,6 @@ next save is tried like the first. `pushes.jsonl` beside the run says of every p
 import dataclasses
 import itertools
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from transformers.trainer_utils import HubStrategy
 from .callbacks import append_row
 from .checkpoints import newest_complete, step_of
 from .errors import UserError
-from .launching import end_with_parent
+from .launching import end_with_parent, outside_the_launch
 from .publishing import Repository, push_folder
 from .staging import complete, stage
 
@@ -34,8 +33,6 @@ PATIENCE = 3600.0
 LAST_PATIENCE = 900.0
 # One push: a request as JSON is its last argument.
 COMMAND = (sys.executable, "-m", "rezero_hf.push_queue")
-# The process needs no accelerator, and must not take part in the run's group.
-NOT_FOR_THE_PROCESS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class PushQueue(TrainerCallback):
@@ -155,8 +152,8 @@ class PushQueue(TrainerCallback):
             "keep": keep,
             "repository": {**dataclasses.asdict(self.repository), "token": None},
         }
-        environment = {name: value for name, value in os.environ.items() if name not in NOT_FOR_THE_PROCESS}
-        environment["CUDA_VISIBLE_DEVICES"] = ""
+        # It needs no accelerator.
+        environment = {**outside_the_launch(), "CUDA_VISIBLE_DEVICES": ""}
         if self.repository.token is not None:
             environment["HF_TOKEN"] = self.repository.token
         self._process = subprocess.Popen([*COMMAND, json.dumps(request)], env=environment, stdin=subprocess.DEVNULL)

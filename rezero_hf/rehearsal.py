@@ -1,7 +1,6 @@
 """One real optimiser step of a small model with a recipe's own words, so that an error in them shows before a run."""
 
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -13,15 +12,12 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
 from .errors import UserError
+from .launching import outside_the_launch
 from .models import ReZeroConfig, ReZeroForCausalLM
 from .recipe import Recipe, load_recipe
 from .training import ReZeroTrainer
 
 
-# What a launcher tells its processes. A rehearsal is a process of its own and must not join them.
-LAUNCHER = re.compile(
-    r"(ACCELERATE|FSDP|PARALLELISM_CONFIG|TORCHELASTIC)_.*|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)"
-)
 SMALL_MODEL = {
     "vocab_size": 64,
     "hidden_size": 32,
@@ -86,7 +82,7 @@ def rehearse(recipe: Recipe, config: ReZeroConfig) -> None:
     Raises:
         UserError: the step failed; one line with the reason.
     """
-    environment = {name: value for name, value in os.environ.items() if not LAUNCHER.fullmatch(name)}
+    environment = outside_the_launch()
     environment["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, sys.path))
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "recipe.yaml").write_text(recipe.resolved(config), encoding="utf-8")
