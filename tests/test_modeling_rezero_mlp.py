@@ -312,6 +312,15 @@ def test_the_configuration_survives_a_save(tmp_path):
         assert (again.initializer_gain, again.num_labels) == (config.initializer_gain, config.num_labels)
 
 
+def test_the_papers_nets():
+    """Ten classes, 32 layers of width 256; ten thousand of width 150; any field over that."""
+    config = ReZeroMLPConfig.paper()
+    assert (config.num_labels, config.num_hidden_layers, config.hidden_size) == (10, 32, 256)
+    assert ReZeroMLPConfig.paper(10_000).hidden_size == 150
+    config = ReZeroMLPConfig.paper(64, hidden_size=64, residual="none", id2label={0: "cat", 1: "dog", 2: "ship"})
+    assert (config.num_labels, config.hidden_size, config.residual) == (3, 64, "none")
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [("num_hidden_layers", 0), ("image_size", 0), ("initializer_gain", 0.0), ("norm_eps", -1.0), ("gate_init", float("nan")),

@@ -2,7 +2,7 @@
 
 Flattened images, a stem, hidden layers of one Linear and one ReLU, a linear head: the authors' notebook, at any depth.
 A layer is a module of its own, at ten thousand layers too: measured there, weights stacked into a few large parameters
-made a step slower and its peak memory higher, because every backward pass copies the layers' gradients together; and
+made a step no faster and its peak memory higher, because every backward pass copies the layers' gradients together; and
 gates, figures and the watch over a run know layers by their modules' names.
 """
 
@@ -173,7 +173,7 @@ class ReZeroMLPForImageClassification(ReZeroMLPPreTrainedModel):
         """Run the network and its head; the arguments of `ReZeroMLPModel.forward`, and:
 
         Args:
-            labels: (batch,), the class of each image.
+            labels: (batch,), the class of each image, below `num_labels`.
             kwargs: `num_items_in_batch` divides the summed loss (gradient accumulation).
 
         Returns:
