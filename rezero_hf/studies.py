@@ -8,8 +8,9 @@ own difficulty asked for. Runs are independent: they go on `jobs` at a time, and
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
@@ -88,7 +89,7 @@ class Study:
             for name, row in self.rows.items()
         }
         across = {key: values[:1] for key, values in self.across.items()}
-        return Study(**{**self.__dict__, "rows": rows, "search": few, "across": across, "extend": 0, "seeds": [0]})
+        return replace(self, rows=rows, search=few, across=across, extend=0, seeds=self.seeds[:1])
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class Cell:
     @property
     def name(self) -> str:
         """Of the folder of its runs."""
-        return ",".join([self.row, *(f"{key.rpartition('.')[2]}={value}" for key, value in self.at.items())])
+        return ",".join([self.row, *(f"{_short(key)}={value}" for key, value in self.at.items())])
 
 
 def load_study(path: str | Path) -> Study:
@@ -171,20 +172,82 @@ def run_study(
     """
     cells = [cell for cell in study.cells() if only in (None, cell.row)]
     threads = max(1, torch.get_num_threads() // jobs)
+    words = {"smoke": smoke, "full": full, "signal": study.signal, "gates_off": study.gates_off}
     with (
         ProcessPoolExecutor(jobs, get_context("spawn"), initializer=torch.set_num_threads, initargs=(threads,)) as pool,
+        # A thread a cell only waits.
         ThreadPoolExecutor(len(cells)) as tuners,
     ):
-        size = {"smoke": smoke, "full": full, "signal": study.signal, "gates_off": study.gates_off}
-        tuned = [
-            tuners.submit(_Tuner(str(path), study, cell, Path(folder), overrides, size, pool, tell).run)
-            for cell in cells
-        ]
+
+        def start(cell: Cell, setting: dict[str, Any], seed: int) -> Future:
+            named = {**setting, "training.seed": seed}
+            place = Path(folder) / cell.name / ",".join(f"{_short(key)}={value}" for key, value in named.items())
+            changes = [*_overrides({**cell.at, **cell.spec.set, **named}), *overrides]
+            return pool.submit(_run, str(path), changes, str(place), **words)
+
+        tuned = [tuners.submit(tune, study, cell, partial(start, cell), tell) for cell in cells]
         try:
             return {cell.name: future.result() for cell, future in zip(cells, tuned, strict=True)}
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def tune(
+    study: Study,
+    cell: Cell,
+    start: Callable[[dict[str, Any], int], Future],
+    tell: Callable[[str], None] = print,
+) -> list[dict[str, Any]]:
+    """Tune one cell with the first seed, then run what was chosen with the others.
+
+    One word after the other is set to its best, until none changes: so a rate is bracketed at the warm-up that was
+    chosen, and not at another.
+
+    Args:
+        study, cell: what to tune.
+        start: begins a run, of a setting and a seed, and returns its future record (`experiments.run_experiment`).
+        tell: called with a line for every run that ends.
+
+    Returns:
+        The cell's runs, as `run_study` returns them.
+    """
+    runs: dict[tuple, dict[str, Any]] = {}
+
+    def all_of(settings: list[dict[str, Any]], seeds: list[int]) -> list[dict[str, Any]]:
+        keys = [(tuple(setting.items()), seed) for setting in settings for seed in seeds]
+        started = {key: start(dict(key[0]), key[1]) for key in dict.fromkeys(keys) if key not in runs}
+        for (setting, seed), future in started.items():
+            runs[(setting, seed)] = {**future.result(), "set": dict(setting)}
+            tell(_line(study, cell, runs[(setting, seed)]))
+        return [runs[key] for key in keys]
+
+    def best_of(key: str, values: list[Any], others: dict[str, Any]) -> tuple[list[Any], Any]:
+        values, added = list(values), {0: 0, -1: 0}
+        number = len(values) > 1 and all(isinstance(value, int | float) and value > 0 for value in values)
+        while True:
+            found = all_of([{**others, key: value} for value in values], study.seeds[:1])
+            scores = [score(run, study.metric) for run in found]
+            place = scores.index(min(scores))
+            # Where all diverge the first counts as best, and lower values are tried.
+            edge = 0 if place == 0 else -1 if place == len(values) - 1 else None
+            if edge is None or not number or added[edge] >= study.extend:
+                return values, values[place]
+            added[edge] += 1
+            ratio = values[-1] / values[-2]
+            values = [_rounded(values[0] / ratio), *values] if edge == 0 else [*values, _rounded(values[-1] * ratio)]
+
+    words = {**study.search, **cell.spec.search}
+    best = {key: values[0] for key, values in words.items()}
+    for _ in words:
+        before = dict(best)
+        for key in words:
+            words[key], best[key] = best_of(key, words[key], best)
+        if best == before:
+            break
+    chosen = all_of([best], study.seeds)
+    others = [run for run in runs.values() if not any(run is other for other in chosen)]
+    return [{**run, "chosen": True} for run in chosen] + [{**run, "chosen": False} for run in others]
 
 
 def score(run: dict[str, Any], metric: str) -> float:
@@ -195,63 +258,10 @@ def score(run: dict[str, Any], metric: str) -> float:
     return value if METRICS[metric] else -value
 
 
-class _Tuner:
-    """Tunes one cell: word after word, as long as anything changes, then the other seeds."""
-
-    def __init__(self, path, study, cell, folder, overrides, size, pool: Executor, tell):
-        self.path, self.study, self.cell, self.folder = path, study, cell, folder
-        self.overrides, self.size, self.pool, self.tell = overrides, size, pool, tell
-        self.runs: dict[tuple, dict[str, Any]] = {}
-
-    def run(self) -> list[dict[str, Any]]:
-        words = {**self.study.search, **self.cell.spec.search}
-        best = {key: values[0] for key, values in words.items()}
-        for _ in range(len(words) or 1):
-            before = dict(best)
-            for key, values in words.items():
-                words[key], best[key] = self._tune(key, values, best)
-            if best == before:
-                break
-        chosen = self._all([best], self.study.seeds)
-        others = [run for run in self.runs.values() if not any(run is other for other in chosen)]
-        return [{**run, "chosen": True} for run in chosen] + [{**run, "chosen": False} for run in others]
-
-    def _tune(self, key: str, values: list[Any], best: dict[str, Any]) -> tuple[list[Any], Any]:
-        values, added = list(values), {0: 0, -1: 0}
-        while True:
-            runs = self._all([{**best, key: value} for value in values], self.study.seeds[:1])
-            scores = [score(run, self.study.metric) for run in runs]
-            place = min(range(len(values)), key=scores.__getitem__)
-            edge = 0 if place == 0 else -1 if place == len(values) - 1 else None
-            number = all(isinstance(value, int | float) and value > 0 for value in values) and len(values) > 1
-            # Where all diverge, lower rates are the way out.
-            edge = 0 if math.isinf(scores[place]) else edge
-            if edge is None or not number or added[edge] >= self.study.extend:
-                return values, values[place]
-            added[edge] += 1
-            ratio = values[-1] / values[-2]
-            values = [_rounded(values[0] / ratio), *values] if edge == 0 else [*values, _rounded(values[-1] * ratio)]
-
-    def _all(self, settings: list[dict[str, Any]], seeds: list[int]) -> list[dict[str, Any]]:
-        wanted = [(setting, seed) for setting in settings for seed in seeds]
-        futures = {}
-        for setting, seed in wanted:
-            key = (tuple(setting.items()), seed)
-            if key not in self.runs and key not in futures:
-                name = ",".join(
-                    f"{word.rpartition('.')[2]}={value}" for word, value in [*setting.items(), ("seed", seed)]
-                )
-                words = {**self.cell.at, **self.cell.spec.set, **setting, "training.seed": seed}
-                overrides = [*_overrides(words), *self.overrides]
-                place = str(self.folder / self.cell.name / name)
-                futures[key] = self.pool.submit(_run, self.path, overrides, place, **self.size)
-        for (setting, seed), future in futures.items():
-            run = future.result()
-            self.runs[(setting, seed)] = {**run, "set": dict(setting)}
-            value = "diverged" if run["diverged"] else f"{run['results']['validation'][self.study.metric]:.4f}"
-            words = ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in setting)
-            self.tell(f"{self.cell.name}  {words}  seed {seed}: {value}  ({run['training_seconds']:.0f} s)")
-        return [self.runs[(tuple(setting.items()), seed)] for setting, seed in wanted]
+def _line(study: Study, cell: Cell, run: dict[str, Any]) -> str:
+    value = "diverged" if run["diverged"] else f"{run['results']['validation'][study.metric]:.4f}"
+    words = ", ".join(f"{_short(key)}={value}" for key, value in run["set"].items())
+    return f"{cell.name}  {words}  seed {run['seed']}: {value}  ({run['training_seconds']:.0f} s)"
 
 
 def _run(path: str, overrides: list[str], folder: str, smoke: bool, full: bool, **measures: bool) -> dict[str, Any]:
@@ -268,6 +278,10 @@ def _overrides(words: dict[str, Any]) -> list[str]:
 
 def _product(across: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
     return (dict(zip(across, values, strict=True)) for values in itertools.product(*across.values()))
+
+
+def _short(key: str) -> str:
+    return key.rpartition(".")[2]
 
 
 def _rounded(number: float) -> float:
