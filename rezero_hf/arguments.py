@@ -25,9 +25,12 @@ class ReZeroTrainingArguments(TrainingArguments):
         global_batch_size: sequences per optimiser step over all processes. Gradient accumulation is derived from it,
             from `per_device_train_batch_size` and from the number of processes, so a recipe trains the same on any
             machine. None (default) leaves `gradient_accumulation_steps` as given.
-        optimizer: `adamw` (default), `lamb` (the paper's) or `muon`; built by `rezero_hf.optim.make_optimizer`. The
-            library's `optim` is not used.
+        optimizer: `adamw` (default), `adagrad`, `sgd`, `lamb` (the paper's three) or `muon`; built by
+            `rezero_hf.optim.make_optimizer`. The library's `optim` is not used.
+        momentum: of `sgd`, default 0.9.
         gate_lr_multiplier: learning rate of the gates over that of the rest, default 1.
+        gate_lr_constant: hold the gates' learning rate whatever the schedule of the rest, as the authors do under a
+            one-cycle schedule; default False.
         eval_blocks: evaluations during training read this many blocks, evenly spaced over the split and always the
             same; None (default) reads all.
         final_eval_blocks: the same for the evaluation of validation and test at the end of a run; its numbers are the
@@ -56,7 +59,9 @@ class ReZeroTrainingArguments(TrainingArguments):
 
     global_batch_size: int | None = field(default=None)
     optimizer: OptimizerName = field(default="adamw")
+    momentum: float = field(default=0.9)
     gate_lr_multiplier: float = field(default=1.0)
+    gate_lr_constant: bool = field(default=False)
     matrix_lr_multiplier: float = field(default=1.0)
     nonfinite: Literal["stop", "skip"] = field(default="stop")
     max_skipped_steps: int = field(default=10)
@@ -114,7 +119,7 @@ class ReZeroTrainingArguments(TrainingArguments):
         for name in ("learning_rate", "seed", "num_train_epochs", "weight_decay", *MULTIPLIERS):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"{name}={getattr(self, name)}: must be a finite number, 0 or more.")
-        for name in ("adam_beta1", "adam_beta2"):
+        for name in ("adam_beta1", "adam_beta2", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)}: must be in [0, 1).")
         if self.max_steps == 0:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
@@ -12,8 +13,13 @@ from .errors import UserError
 from .optim import gates
 
 
-# What an evaluation of text yields: nats per token, bits per byte, and what they were measured on.
-MEASURED = ("loss", "bits_per_byte", "tokens", "bytes")
+# What an evaluation yields: of text nats per token, bits per byte, and what they were measured on; of images accuracy.
+MEASURED = ("loss", "bits_per_byte", "tokens", "bytes", "accuracy")
+
+
+def measured_in(metrics: dict[str, float]) -> dict[str, float]:
+    """The measurements among Trainer's `eval_` metrics, without that prefix."""
+    return {name: metrics[f"eval_{name}"] for name in MEASURED if f"eval_{name}" in metrics}
 
 
 def gate_values(model: nn.Module) -> dict[str, list[float]]:
@@ -30,10 +36,11 @@ class MetricsLog(TrainerCallback):
 
     Args:
         path: the file. Rows of an earlier run are kept: the caller decides whether this is a new run.
+        clock: seconds of training so far, for the rows of evaluations; None (default) leaves them out.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+    def __init__(self, path: str | Path, clock: Callable[[], float] | None = None):
+        self.path, self.clock = Path(path), clock
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs and "loss" in logs:
@@ -41,9 +48,9 @@ class MetricsLog(TrainerCallback):
 
     def on_evaluate(self, args, state, control, metrics=None, model=None, **kwargs):
         alpha = gate_values(model)
-        measured = {name: metrics[f"eval_{name}"] for name in MEASURED if f"eval_{name}" in metrics}
-        row = {"event": "eval", "step": state.global_step, "split": "validation", **measured, "alpha": alpha}
-        self.append(state, row)
+        row = {"event": "eval", "step": state.global_step, "split": "validation", **measured_in(metrics)}
+        clock = {} if self.clock is None else {"training_seconds": self.clock()}
+        self.append(state, {**row, **clock, "alpha": alpha})
 
     def append(self, state, row: dict) -> None:
         """Write one row, on the main process.

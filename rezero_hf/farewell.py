@@ -37,7 +37,7 @@ def farewell(folder: Path, results: dict[str, dict[str, Any]], max_steps: int) -
 
     Args:
         folder: the published model.
-        results: split -> what `ReZeroTrainer.evaluate_text` measured.
+        results: split -> what `ReZeroTrainer.measure` measured.
         max_steps: of the run; twice as many are suggested.
     """
     lines = [

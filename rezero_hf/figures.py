@@ -44,7 +44,7 @@ def gate_history(metrics: Sequence[dict]) -> tuple[np.ndarray, np.ndarray] | Non
     rows = [row for row in _rows(metrics, "eval") if row.get("alpha")]
     if not rows:
         return None
-    names = sorted({name for row in rows for name in row["alpha"]}, key=_natural)
+    names = sorted({name for row in rows for name in row["alpha"]}, key=natural)
     width = max(len(values) for row in rows for values in row["alpha"].values())
     alpha = np.full((len(names), len(rows), width), np.nan)
     for column, row in enumerate(rows):
@@ -108,10 +108,10 @@ def loss_curve(metrics: Sequence[dict], path: str | Path) -> Path:
         label = f"not finite from step {min(broken)}"
         axes.text(min(broken), 0.5, label, transform=axes.get_xaxis_transform(), rotation=90, ha="right", va="center")
 
-    _log_ticks(axes, [row["bits_per_byte"] for row in finite])
+    log_ticks(axes, [row["bits_per_byte"] for row in finite])
     axes.set_xlabel("step")
     axes.set_ylabel("bits per byte")
-    axes.xaxis.set_major_locator(_locator(8))
+    axes.xaxis.set_major_locator(whole_ticks(8))
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.margins(x=0.02)
     axes.grid(axis="y", color="#DDDDDD", linewidth=0.8)
@@ -155,9 +155,9 @@ def gate_map(metrics: Sequence[dict], path: str | Path) -> Path:
         ax.set_facecolor("#BBBBBB")
         ax.set_title(title)
         ax.set_xlabel("step")
-        ax.xaxis.set_major_locator(_locator(5 if panels > 1 else 8, within=steps))
+        ax.xaxis.set_major_locator(whole_ticks(5 if panels > 1 else 8, within=steps))
         ax.xaxis.set_major_formatter("{x:,.0f}")
-        ax.yaxis.set_major_locator(_locator(12, [1, 2, 4, 5, 8, 10], within=np.arange(layers)))
+        ax.yaxis.set_major_locator(whole_ticks(12, [1, 2, 4, 5, 8, 10], within=np.arange(layers)))
         ax.tick_params(length=3)
     first = axes[0] if panels > 1 else axes
     first.set_ylabel("layer (0 is nearest the input)")
@@ -179,7 +179,7 @@ def _rows(metrics: Sequence[dict], event: str) -> list[dict]:
     return [chosen[key] for key in sorted(chosen)]
 
 
-def _natural(name: str) -> list:
+def natural(name: str) -> list:
     """Sort key that puts layer 10 after layer 9."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
@@ -228,7 +228,7 @@ def save(figure, path: str | Path) -> Path:
     return path
 
 
-def _locator(count: int, multiples: Sequence[int] = (1, 2, 5, 10), within: np.ndarray | None = None):
+def whole_ticks(count: int, multiples: Sequence[int] = (1, 2, 5, 10), within: np.ndarray | None = None):
     """About `count` ticks at whole numbers; `within` is what was recorded, when that may be one single value."""
     from matplotlib.ticker import FixedLocator, MaxNLocator
 
@@ -245,7 +245,7 @@ def _short(value: float, _position: int | None = None) -> str:
     return f"{value:g}"
 
 
-def _log_ticks(axes, values: list[float]) -> None:
+def log_ticks(axes, values: list[float]) -> None:
     """A logarithmic axis, on which the long tail of training stays visible, with plain numbers on it."""
     from matplotlib.ticker import FixedLocator, FormatStrFormatter, NullLocator
 

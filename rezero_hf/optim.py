@@ -15,7 +15,9 @@ from torch import nn
 from .errors import UserError
 
 
-OptimizerName = Literal["adamw", "lamb", "muon"]
+OptimizerName = Literal["adamw", "adagrad", "sgd", "lamb", "muon"]
+# What pytorch-optimizer has and torch has not.
+FROM_ELSEWHERE = ("lamb", "muon")
 
 
 def is_gate(name: str) -> bool:
@@ -67,7 +69,7 @@ def check_optimizer(optimizer: str) -> None:
     """Raise a `UserError` unless `make_optimizer` could build an optimiser of that name here."""
     if optimizer not in get_args(OptimizerName):
         raise UserError(f"optimizer={optimizer!r} is unknown; one of {', '.join(get_args(OptimizerName))}.")
-    if optimizer != "adamw" and find_spec("pytorch_optimizer") is None:
+    if optimizer in FROM_ELSEWHERE and find_spec("pytorch_optimizer") is None:
         raise UserError(f"optimizer={optimizer!r} needs a package: pip install pytorch-optimizer")
 
 
@@ -81,17 +83,20 @@ def make_optimizer(
     matrix_lr_multiplier: float = 1.0,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
+    momentum: float = 0.9,
 ) -> torch.optim.Optimizer:
     """Build an optimiser over `parameter_groups(model, ...)`.
 
     Args:
         model: the model to train.
-        optimizer: `adamw` (torch's fused one), `lamb` (the paper's; from pytorch-optimizer) or `muon` (orthogonalised
+        optimizer: `adamw` (torch's fused one), `lamb` (the paper's for language models; from pytorch-optimizer),
+            `adagrad` (the paper's for fully connected nets), `sgd` (the paper's for ResNets) or `muon` (orthogonalised
             updates for the matrices inside the layers, AdamW for everything else; from pytorch-optimizer, with the
             scaling that makes its updates as large as AdamW's, so both share one learning rate).
         lr, weight_decay, gate_lr_multiplier: as in `parameter_groups`.
         matrix_lr_multiplier: with `muon`, the learning rate of the orthogonalised matrices is `lr` times this.
         betas, eps: of the Adam-like update.
+        momentum: of `sgd`, default 0.9 (the paper, section 5).
 
     Raises:
         UserError: unknown `optimizer`; `lamb` and `muon` need the package pytorch-optimizer.
@@ -100,6 +105,10 @@ def make_optimizer(
     groups = parameter_groups(model, lr, weight_decay, gate_lr_multiplier)
     if optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+    if optimizer == "adagrad":
+        return torch.optim.Adagrad(groups, lr=lr)
+    if optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=momentum)
 
     from pytorch_optimizer import Lamb, Muon
 

@@ -1,12 +1,12 @@
 """A YAML recipe, read strictly: a typo or a wrong type is an error, and every default is written out with the run.
 
-A recipe has the sections `model` (fields of `ReZeroConfig`), `data` (`DataConfig`), `training`
-(`ReZeroTrainingArguments`) and `smoke` (dotted overrides that shrink it to seconds), and may say its `name`. Anything
-can be overridden as `section.key=value`.
+A recipe has the sections `model`, `data` and `training` (`ReZeroTrainingArguments`), and may say its `name`. Which
+fields model and data have depends on `model.model_type`: a language model by default (`ReZeroConfig`, `DataConfig`), or
+a network for images. `smoke` and `full` are dotted overrides: to seconds, and to the paper's own size. Anything can be
+overridden as `section.key=value`. A recipe with a section `study` is many runs; `studies.py` reads that.
 """
 
 import dataclasses
-import difflib
 import typing
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -14,18 +14,26 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub.dataclasses import type_validator
 from huggingface_hub.errors import StrictDataclassError
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from .arguments import ReZeroTrainingArguments
 from .data import DataConfig
-from .errors import UserError
-from .models.configuration_rezero import ReZeroConfig
+from .image_data import ImageDataConfig, PreparedImages
+from .models import ReZeroConfig, ReZeroMLPConfig, ReZeroResNetConfig
 from .sources import Source
+from .strict import RecipeError, check_names, checked, default_of, field_types, plain
 
 
-SECTIONS = ("model", "data", "training", "smoke")
+SECTIONS = ("model", "data", "training")
+# Dotted overrides, by the name of what they make of the recipe.
+SIZES = ("smoke", "full")
+# `model_type` -> its configuration, and that of its data.
+FAMILIES: dict[str, tuple[type[PreTrainedConfig], type]] = {
+    "rezero": (ReZeroConfig, DataConfig),
+    "rezero_resnet": (ReZeroResNetConfig, ImageDataConfig),
+    "rezero_mlp": (ReZeroMLPConfig, ImageDataConfig),
+}
 # A multiple of 64 keeps the head's matrix on the tiles of matrix units; the padding rows are never a target.
 VOCAB_MULTIPLE = 64
 
@@ -59,10 +67,6 @@ CIRCUMSTANCES = (
 )
 
 
-class RecipeError(UserError):
-    """A recipe says something that cannot be; the message names file, key and value."""
-
-
 @dataclass
 class Recipe:
     """One training run, checked.
@@ -70,19 +74,21 @@ class Recipe:
     Args:
         name: of the run, whose folder is `runs/<name>`; by default the file's name without suffix.
         path: the file it came from, for messages.
-        model: fields of `ReZeroConfig`.
+        model_type: which family of models, a key of `FAMILIES`.
+        model: fields of that family's configuration.
         data: what to train on.
         training: fields of `ReZeroTrainingArguments`; the run's seed is `training.seed`.
     """
 
     name: str
     path: str
+    model_type: str
     model: dict[str, Any]
-    data: DataConfig
+    data: DataConfig | ImageDataConfig
     training: dict[str, Any]
 
     def model_config(self, tokenizer: PreTrainedTokenizerBase) -> ReZeroConfig:
-        """The model's configuration, with what the recipe leaves to the tokenizer and the block size filled in.
+        """A language model's configuration, with what the recipe leaves to the tokenizer and the block size filled in.
 
         `vocab_size` becomes the tokenizer's, rounded up to a multiple of 64; `max_position_embeddings` the block size;
         the special token ids are always the tokenizer's.
@@ -110,8 +116,23 @@ class Recipe:
                 f"{self.path}: model.max_position_embeddings={fields['max_position_embeddings']} is smaller than "
                 f"data.block_size={self.data.block_size}; leave it out or raise it."
             )
+        return self._config(fields)
+
+    def image_config(self, images: PreparedImages) -> PreTrainedConfig:
+        """The configuration of a network for images, with what follows from the images filled in: channels, classes,
+        and the size where the network fixes it.
+
+        Raises:
+            RecipeError: fields contradict each other.
+        """
+        fields = {"num_channels": images.channels, "id2label": images.id2label, **self.model}
+        if "image_size" in field_types(FAMILIES[self.model_type][0]):
+            fields = {"image_size": images.size[0], **fields}
+        return self._config(fields)
+
+    def _config(self, fields: dict[str, Any]) -> PreTrainedConfig:
         try:
-            return ReZeroConfig(**fields)
+            return FAMILIES[self.model_type][0](**fields)
         except StrictDataclassError as error:
             raise RecipeError(f"{self.path}: model.{error.__cause__ or ' '.join(str(error).split())}") from error
 
@@ -126,44 +147,53 @@ class Recipe:
         except (ValueError, TypeError) as error:
             raise RecipeError(f"{self.path}: training: {error}") from error
 
-    def resolved(self, config: ReZeroConfig) -> str:
+    def resolved(self, config: PreTrainedConfig) -> str:
         """The recipe as YAML with every default written out, as it is saved with the run."""
-        model = {name: value for name, value in config.to_dict().items() if name in _field_types(ReZeroConfig)}
+        model = {name: value for name, value in config.to_dict().items() if name in field_types(type(config))}
+        if self.model_type != "rezero":
+            model = {"model_type": self.model_type, **model}
         fields = [field for field in dataclasses.fields(ReZeroTrainingArguments) if field.init]
-        training = {**{field.name: _default_of(field) for field in fields}, **self.training}
+        training = {**{field.name: default_of(field) for field in fields}, **self.training}
         data = dataclasses.asdict(self.data)
         for name in NOT_OURS:
             training.pop(name, None)
         # Where a machine keeps its cache is nobody else's business.
         data.pop("cache_dir")
         sections = {"name": self.name, "model": model, "data": data, "training": training}
-        return yaml.safe_dump(_plain(sections), sort_keys=False, allow_unicode=True, width=120)
+        return yaml.safe_dump(plain(sections), sort_keys=False, allow_unicode=True, width=120)
 
 
-def load_recipe(path: str | Path, overrides: typing.Iterable[str] = (), smoke: bool = False) -> Recipe:
+def load_recipe(
+    path: str | Path, overrides: typing.Iterable[str] = (), smoke: bool = False, full: bool = False
+) -> Recipe:
     """Read and check a recipe.
 
     Args:
         path: a YAML file.
         overrides: `section.key=value` strings, over the file and over `smoke`; values are YAML.
         smoke: apply the recipe's `smoke` section, which shrinks it to CPU seconds.
+        full: apply its `full` section, which makes it the paper's size; it must have one.
 
     Raises:
         RecipeError: missing or unreadable file, unknown section or key, wrong type; one line with the nearest valid
             name.
     """
     path = Path(path)
-    document = _read_yaml(path)
+    document = read_yaml(path)
+    document.pop("study", None)
     name = document.pop("name", path.stem)
-    _check_names(document, SECTIONS, f"{path}: section")
-    for section in SECTIONS:
-        if not isinstance(document.setdefault(section, {}) or {}, dict):
+    check_names(document, (*SECTIONS, *SIZES), f"{path}: section")
+    for section in (*SECTIONS, *SIZES):
+        if not isinstance(document.get(section) or {}, dict):
             raise RecipeError(f"{path}: section {section} is not a mapping of keys to values.")
-        document[section] = dict(document[section] or {})
+        document[section] = dict(document.get(section) or {})
+    if full and not document["full"]:
+        raise RecipeError(f"{path}: has no section full; it has one size.")
 
-    shrink = document["smoke"]
-    for key, value in shrink.items():
-        _override(document if smoke else {s: {} for s in SECTIONS}, key, value, f"{path}: smoke")
+    # Looked at in any case, so that a typo shows whichever size is asked for.
+    for size, wanted in {"full": full, "smoke": smoke}.items():
+        for key, value in document[size].items():
+            _override(document if wanted else {s: {} for s in SECTIONS}, key, value, f"{path}: {size}")
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals:
@@ -173,18 +203,21 @@ def load_recipe(path: str | Path, overrides: typing.Iterable[str] = (), smoke: b
         except yaml.YAMLError as error:
             raise RecipeError(f"override {text!r}: the value is not YAML.") from error
 
-    model = _checked(document["model"], ReZeroConfig, f"{path}: model")
-    training = _checked(document["training"], ReZeroTrainingArguments, f"{path}: training")
+    model_type = document["model"].pop("model_type", "rezero")
+    check_names([model_type], FAMILIES, f"{path}: model.model_type")
+    config_class, data_class = FAMILIES[model_type]
+    model = checked(document["model"], config_class, f"{path}: model")
+    training = checked(document["training"], ReZeroTrainingArguments, f"{path}: training")
     for field in training:
         if field in NOT_OURS:
             raise RecipeError(f"{path}: training.{field} cannot be set in a recipe: {NOT_OURS[field]}.")
     if not name_is_plain(name):
         raise RecipeError(f"{path}: name={name!r}: must be a plain word, because it names the run's folder.")
     data = dict(document["data"])
-    if "sources" in data:
+    if "sources" in data and data_class is DataConfig:
         data["sources"] = _sources(data["sources"], f"{path}: data.sources")
-    data = DataConfig(**_checked(data, DataConfig, f"{path}: data"))
-    return Recipe(name=str(name), path=str(path), model=model, data=data, training=training)
+    data = data_class(**checked(data, data_class, f"{path}: data"))
+    return Recipe(str(name), str(path), model_type, model, data, training)
 
 
 def changed_words(before: str, after: str) -> list[str]:
@@ -211,7 +244,12 @@ def name_is_plain(name: Any) -> bool:
     return isinstance(name, str) and bool(name.strip(". ")) and Path(name).name == name
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping a YAML file holds.
+
+    Raises:
+        RecipeError: it cannot be read, or holds something else.
+    """
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -227,8 +265,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _override(document: dict[str, dict], key: str, value: Any, where: str) -> None:
     section, dot, field = key.partition(".")
-    if not dot or section not in SECTIONS[:-1]:
-        raise RecipeError(f"{where}: {key!r} is not section.key with a section of {', '.join(SECTIONS[:-1])}.")
+    if not dot or section not in SECTIONS:
+        raise RecipeError(f"{where}: {key!r} is not section.key with a section of {', '.join(SECTIONS)}.")
     document[section][field] = value
 
 
@@ -238,77 +276,5 @@ def _sources(value: Any, where: str) -> list[Source]:
     sources = []
     for number, line in enumerate(lines):
         fields = line if isinstance(line, dict) else {"source": line}
-        sources.append(Source(**_checked(fields, Source, f"{where}[{number}]")))
+        sources.append(Source(**checked(fields, Source, f"{where}[{number}]")))
     return sources
-
-
-def _checked(values: dict[str, Any], cls: type, where: str) -> dict[str, Any]:
-    """The values, each checked against the dataclass field of its name."""
-    types = _field_types(cls)
-    _check_names(values, types, f"{where}: key")
-    checked = {}
-    for name, value in values.items():
-        expected = types[name]
-        members = typing.get_args(expected) or (expected,)
-        checked[name] = _as_meant(value, members)
-        try:
-            type_validator(name, checked[name], expected)
-        except TypeError as error:
-            hint = " (YAML reads 3e-4 as text; write 3.0e-4)" if isinstance(value, str) and _is_number(value) else ""
-            raise RecipeError(f"{where}.{name}={value!r}: expected {_describe(expected)}{hint}.") from error
-    return checked
-
-
-def _as_meant(value: Any, members: tuple) -> Any:
-    """Undo two readings of YAML: a whole number where only a float is due, and `no` where only a word is."""
-    if isinstance(value, int) and not isinstance(value, bool) and float in members and int not in members:
-        return float(value)
-    if value is False and str in members and bool not in members:
-        return "no"
-    return value
-
-
-def _check_names(given: typing.Iterable[str], known: typing.Iterable[str], where: str) -> None:
-    for name in given:
-        if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known)[:40])}."
-            raise RecipeError(f"{where} {name!r} is unknown; {hint}")
-
-
-def _field_types(cls: type) -> dict[str, Any]:
-    """The fields a recipe may set, with their types: a configuration's own ones, not the hundred it inherits."""
-    fields = [field for field in dataclasses.fields(cls) if field.init]
-    if issubclass(cls, ReZeroConfig):
-        fields = [field for field in fields if field.name in cls.__annotations__]
-    return {field.name: field.type for field in fields}
-
-
-def _describe(expected: Any) -> str:
-    if typing.get_origin(expected) is typing.Literal:
-        return "one of " + ", ".join(map(str, typing.get_args(expected)))
-    return expected.__name__ if isinstance(expected, type) else str(expected).replace("typing.", "")
-
-
-def _default_of(field: dataclasses.Field) -> Any:
-    if field.default is not dataclasses.MISSING:
-        return field.default
-    return field.default_factory() if field.default_factory is not dataclasses.MISSING else None
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _plain(value: Any) -> Any:
-    """The value in types that YAML writes plainly: enums by value, tuples as lists."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    value = getattr(value, "value", value)
-    return value if isinstance(value, str | int | float | bool | None) else str(value)

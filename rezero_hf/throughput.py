@@ -30,25 +30,34 @@ class Throughput:
         self._peak = peak_for(args)
         self.start()
 
-    def start(self, run: float = 0.0, interval: float = 0.0, waited: float = 0.0) -> None:
-        """Start the clock, of a run, an interval and a wait for data that have already taken some seconds."""
+    def start(self, run: float = 0.0, interval: float = 0.0, waited: float = 0.0, paused: float = 0.0) -> None:
+        """Start the clock, of a run, an interval, a wait for data and pauses that have already taken some seconds."""
         now = time.perf_counter()
         self._run_start, self._interval_start, self._waited = now - run, now - interval, waited
+        self._paused, self._pause_start = paused, None
 
     def state(self) -> dict[str, float]:
         """What `start` needs to go on in another process."""
-        return {"run": self.seconds(), "interval": time.perf_counter() - self._interval_start, "waited": self._waited}
+        interval = time.perf_counter() - self._interval_start
+        return {"run": self.seconds(), "interval": interval, "waited": self._waited, "paused": self._paused}
 
     def seconds(self) -> float:
         """Wall-clock seconds of the whole run so far, over all its launches."""
         return round(time.perf_counter() - self._run_start, 3)
 
+    def training_seconds(self) -> float:
+        """The same without evaluations and saves."""
+        now = time.perf_counter() if self._pause_start is None else self._pause_start
+        return round(now - self._run_start - self._paused, 3)
+
     @contextmanager
     def pause(self) -> Iterator[None]:
         """What happens inside does not count as training."""
-        started = time.perf_counter()
+        self._pause_start = time.perf_counter()
         yield
-        self._interval_start += time.perf_counter() - started
+        took, self._pause_start = time.perf_counter() - self._pause_start, None
+        self._interval_start += took
+        self._paused += took
 
     def waiting_for(self, batches: Iterable[T]) -> Iterator[T]:
         """The same batches, the time until each is there counted as waiting for data."""
@@ -81,13 +90,14 @@ class Throughput:
         if self._peak:
             flops = flops_per_token(self._config, sequence_length)
             found["mfu"] = found["tokens_per_second_per_device"] * flops / self._peak
-        found["peak_memory_bytes"] = self._peak_memory()
+        found["peak_memory_bytes"] = self.peak_memory()
         found["data_wait_fraction"] = self._waited / seconds
         found["wall_seconds"] = self.seconds()
         self._interval_start, self._waited = time.perf_counter(), 0.0
         return found
 
-    def _peak_memory(self) -> int:
+    def peak_memory(self) -> int:
+        """Bytes on this device since the last call, or of this process since it began, on a CPU."""
         if self._args.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self._args.device)
             torch.cuda.reset_peak_memory_stats(self._args.device)

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
 from transformers import EvalPrediction, PrinterCallback, ProgressCallback
 
 from .arguments import ReZeroTrainingArguments, sequences_per_step
-from .callbacks import MEASURED, BitsPerByteProgress, MetricsLog
+from .callbacks import BitsPerByteProgress, MetricsLog, measured_in
 from .data import IGNORE_INDEX, PreparedData
 from .errors import UserError
 from .flops import flops_per_token
@@ -70,10 +71,11 @@ class ReZeroTrainer(PushingTrainer):
         self.token_bytes = None if token_bytes is None else torch.as_tensor(token_bytes, device=self.args.device)
         if self.token_bytes is not None and self.compute_metrics is None:
             self.compute_metrics = _sum_over_text
+        self.throughput = Throughput(self.args, self.model)
         self.record = lambda state, row: None
         if run_dir is not None:
             self.log_file = Path(run_dir) / LOG
-            log = MetricsLog(self.log_file)
+            log = MetricsLog(self.log_file, self.throughput.training_seconds)
             self.record = log.append
             self.add_callback(log)
         self.remove_callback(PrinterCallback)
@@ -82,7 +84,6 @@ class ReZeroTrainer(PushingTrainer):
             self.add_callback(BitsPerByteProgress)
         if self.token_bytes is not None and self.args.remove_unused_columns:
             raise UserError("remove_unused_columns=True would drop shift_labels, which the loss needs; leave it out.")
-        self.throughput = Throughput(self.args, self.model)
         self.watch = StepWatch(self) if isinstance(self.args, ReZeroTrainingArguments) else None
         if self.watch is not None:
             self.add_callback(self.watch)
@@ -109,8 +110,23 @@ class ReZeroTrainer(PushingTrainer):
                 matrix_lr_multiplier=self.args.matrix_lr_multiplier,
                 betas=(self.args.adam_beta1, self.args.adam_beta2),
                 eps=self.args.adam_epsilon,
+                momentum=self.args.momentum,
             )
         return super().create_optimizer(model)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        """The library's schedule, with the gates left out of it under `gate_lr_constant`."""
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if getattr(self.args, "gate_lr_constant", False):
+            if not isinstance(scheduler, LambdaLR):
+                raise UserError(
+                    f"gate_lr_constant=True does not go with lr_scheduler_type={self.args.lr_scheduler_type}."
+                )
+            for place, group in enumerate(scheduler.optimizer.param_groups):
+                if group.get("name") == "gates":
+                    scheduler.lr_lambdas[place] = lambda step: 1.0
+                    group["lr"] = group["initial_lr"]
+        return scheduler
 
     def floating_point_ops(self, inputs) -> int:
         """What the library sums as `total_flos`: `flops_per_token` for every token, where it says 6 per parameter."""
@@ -188,7 +204,7 @@ class ReZeroTrainer(PushingTrainer):
                 run["tokens"] = run["tokens"] * state.global_step // state.max_steps
         measured = next((row for row in reversed(state.log_history) if "eval_bits_per_byte" in row), None)
         if measured is not None:
-            run["results"] = {"validation": {name: measured[f"eval_{name}"] for name in MEASURED}}
+            run["results"] = {"validation": measured_in(measured)}
         return run
 
     def own_state(self) -> dict[str, Any]:
@@ -210,10 +226,10 @@ class ReZeroTrainer(PushingTrainer):
         self._seen = {name: sum(own[name] for own in each) for name in self._seen}
         self.record(self.state, {"event": "resume", "step": self.state.global_step, "world_size": self.args.world_size})
 
-    def evaluate_text(self, dataset: Dataset) -> dict[str, float]:
-        """Loss (nats per token), bits per byte, tokens and bytes of a whole data set, outside the metrics log."""
-        metrics = self.predict(dataset, metric_key_prefix="eval").metrics
-        return {name: metrics[f"eval_{name}"] for name in MEASURED}
+    def measure(self, dataset: Dataset) -> dict[str, float]:
+        """Loss (nats) of a whole data set, outside the metrics log; of text bits per byte, tokens and bytes, of images
+        accuracy."""
+        return measured_in(self.predict(dataset, metric_key_prefix="eval").metrics)
 
     def prediction_step(self, model, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys=None):
         """With `token_bytes`: (None, summed nats per row, [tokens, bytes] per row), which `evaluate` sums."""

@@ -24,6 +24,10 @@ SPIKE_DEVIATIONS = 6.0
 SPIKE_WINDOW = 64
 
 
+class NotFiniteError(UserError):
+    """A step's loss or gradient was not finite, and the run ends there; says where it came from."""
+
+
 class StepWatch(TrainerCallback):
     """Judges each step between backward pass and update, on all processes alike.
 
@@ -146,7 +150,7 @@ class StepWatch(TrainerCallback):
             for name, largest in found["largest_activation"].items()
         )
         many = f" after {self.skipped} skipped steps" if self.skipped else ""
-        raise UserError(
+        raise NotFiniteError(
             f"step {step}{many}: the loss is {loss} and the gradient norm {norm}, on blocks {found['blocks']} of the "
             f"run; the step was not applied. Largest activation and alpha by layer: {layers}. Lower "
             "training.learning_rate or training.gate_lr_multiplier, clip with training.max_grad_norm, or leave such "

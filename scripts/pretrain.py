@@ -139,7 +139,7 @@ def main(
     # Under FSDP all processes give up their shards for the export.
     whole = trainer.accelerator.get_state_dict(trainer.model)
     with rescue(model, tokenizer, output / "rescued-model", whole):
-        results = {split: trainer.evaluate_text(blocks) for split, blocks in held_out.items()}
+        results = {split: trainer.measure(blocks) for split, blocks in held_out.items()}
         if not main_process:
             return
         record |= {

@@ -93,7 +93,7 @@ def test_processes_accumulation_and_checkpointing_change_no_curve(folder):
         make("one pass", per_device_train_batch_size=8).train()
         make("four passes").train()
         make("recomputed", activation_checkpointing=True).train()
-        measured = make("x").evaluate_text(EvalBlocks(prepared, "validation"))
+        measured = make("x").measure(EvalBlocks(prepared, "validation"))
         (out / "evaluated.json").write_text(json.dumps(measured))
     """
     run_on(1, one, folder)
@@ -102,7 +102,7 @@ def test_processes_accumulation_and_checkpointing_change_no_curve(folder):
         trainer.train()
         assert sharding_of(trainer.model_wrapped) == "ddp"
         for size in (1, 3):
-            measured = make("x", per_device_eval_batch_size=size).evaluate_text(EvalBlocks(prepared, "validation"))
+            measured = make("x", per_device_eval_batch_size=size).measure(EvalBlocks(prepared, "validation"))
             if dist.get_rank() == 0:
                 (out / f"evaluated-{size}.json").write_text(json.dumps(measured))
     """

@@ -65,7 +65,7 @@ def test_bits_per_byte_is_the_sum_over_the_text_whatever_the_batch_size(prepared
                 text += target < 256
     for size in (1, 3, 64):
         trainer = trainer_for(prepared, tmp_path, gate_init=0.5, per_device_eval_batch_size=size)
-        measured = trainer.evaluate_text(blocks)
+        measured = trainer.measure(blocks)
         assert (measured["tokens"], measured["bytes"]) == (tokens, text)
         assert measured["loss"] == pytest.approx(nats / tokens, rel=1e-5)
         assert measured["bits_per_byte"] == pytest.approx(nats / math.log(2) / text, rel=1e-5)

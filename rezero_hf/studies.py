@@ -1,0 +1,290 @@
+"""Many runs that make one table or figure of the paper: rows, what each is tuned over, and seeds.
+
+A recipe's section `study` says what differs between rows. Every row is tuned over the same grid by the same rule on
+held-out validation text, and only what that chose is run with further seeds, so no row has had more attempts than its
+own difficulty asked for. Runs are independent: they go on `jobs` at a time, and finished ones are never repeated.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+
+from .experiments import run_experiment
+from .recipe import SECTIONS, load_recipe, read_yaml
+from .strict import RecipeError, check_names, checked
+
+
+# Metric -> whether less of it is better.
+METRICS = {"bits_per_byte": True, "loss": True, "accuracy": False}
+
+
+@dataclass
+class Row:
+    """One line of a study's table.
+
+    Args:
+        label: what the table calls it.
+        set: dotted overrides that make it, `section.key` -> value.
+        search: words tuned for this row alone, besides the study's: `section.key` -> values to try.
+        reported: the paper's number or word for it, as text; quoted as reported, not checked.
+    """
+
+    label: str
+    set: dict[str, Any] = field(default_factory=dict)
+    search: dict[str, list[Any]] = field(default_factory=dict)
+    reported: str | None = None
+
+
+@dataclass
+class Study:
+    """The section `study` of a recipe.
+
+    Args:
+        item: the table or figure of the paper it stands for.
+        rows: the lines of the table, by name.
+        metric: what is tuned for and shown, on validation data: `bits_per_byte`, `loss` or `accuracy`.
+        across: every row is run at each of these values, `section.key` -> values; one key.
+        search: words tuned for every row, tried in this order with the others at their best so far. The values of a
+            number are extended by their last ratio while the best is the first or the last of them.
+        extend: how many values may be added to each end of such a list.
+        seeds: the first is tuned with, all are run with what was chosen.
+        baseline: the row that speed-ups are against.
+        target: a value of the metric, or the share of the baseline's steps at which it is read off the baseline's mean
+            curve; steps and seconds to reach it are compared. None compares ends alone.
+        signal: record how signals travel, too (`diagnostics.signal_record`).
+        toy: also draw the paper's toy model of depth.
+        gates_off: measure the trained model once more with every alpha at 0: what its layers are worth.
+    """
+
+    item: str
+    rows: dict[str, Row]
+    metric: Literal["bits_per_byte", "loss", "accuracy"] = "bits_per_byte"
+    across: dict[str, list[Any]] = field(default_factory=dict)
+    search: dict[str, list[Any]] = field(default_factory=dict)
+    extend: int = 3
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    baseline: str | None = None
+    target: float | None = None
+    target_at: float | None = None
+    signal: bool = False
+    toy: bool = False
+    gates_off: bool = False
+
+    def cells(self) -> list["Cell"]:
+        """Every row at every value of `across`, in the table's order."""
+        return [Cell(name, row, at) for at in _product(self.across) for name, row in self.rows.items()]
+
+    def smallest(self) -> "Study":
+        """The same rows with as little of everything as still goes through every step: for smoke tests."""
+        few = {key: values[:2] for key, values in self.search.items()}
+        rows = {
+            name: Row(row.label, row.set, {key: values[:1] for key, values in row.search.items()}, row.reported)
+            for name, row in self.rows.items()
+        }
+        across = {key: values[:1] for key, values in self.across.items()}
+        return replace(self, rows=rows, search=few, across=across, extend=0, seeds=self.seeds[:1])
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A row at one value of `across`.
+
+    Args:
+        row: its name.
+        spec: what it says.
+        at: the value of `across`.
+    """
+
+    row: str
+    spec: Row
+    at: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Of the folder of its runs."""
+        return ",".join([self.row, *(f"{_short(key)}={value}" for key, value in self.at.items())])
+
+
+def load_study(path: str | Path) -> Study:
+    """Read and check the section `study` of a recipe.
+
+    Raises:
+        RecipeError: there is none, or it says something that cannot be.
+    """
+    path = Path(path)
+    section = read_yaml(path).get("study")
+    if not isinstance(section, dict) or not isinstance(section.get("rows"), dict):
+        raise RecipeError(f"{path}: is one run (scripts/pretrain.py), not a study: it has no section study with rows.")
+    rows = {
+        name: Row(**checked(spec or {}, Row, f"{path}: study.rows.{name}")) for name, spec in section["rows"].items()
+    }
+    study = Study(**{**checked({**section, "rows": rows}, Study, f"{path}: study"), "rows": rows})
+    if study.baseline is not None:
+        check_names([study.baseline], study.rows, f"{path}: study.baseline")
+    if len(study.across) > 1:
+        raise RecipeError(f"{path}: study.across has {len(study.across)} keys; a table has one.")
+    searched = [study.across, study.search, *(row.set for row in rows.values()), *(row.search for row in rows.values())]
+    for key in itertools.chain(*searched):
+        check_names([key.partition(".")[0]], SECTIONS, f"{path}: study: {key!r}: section")
+    # A typo in a row shows before the first hour of training.
+    for cell in study.cells():
+        load_recipe(path, _overrides({**cell.at, **cell.spec.set}))
+    return study
+
+
+def run_study(
+    path: str | Path,
+    study: Study,
+    folder: str | Path,
+    *,
+    only: str | None = None,
+    overrides: tuple[str, ...] = (),
+    smoke: bool = False,
+    full: bool = False,
+    jobs: int = 1,
+    tell: Callable[[str], None] = print,
+) -> dict[str, list[dict[str, Any]]]:
+    """Run whatever of a study is not finished.
+
+    Args:
+        path: the recipe.
+        study: `load_study(path)`.
+        folder: of all its runs, one folder each; those that are finished are read, not repeated.
+        only: one row's name.
+        overrides: `section.key=value` over the recipe, for all runs.
+        smoke, full: the recipe's size.
+        jobs: runs at a time, each on its share of the cores. On a GPU 1.
+        tell: called with a line for every run that ends.
+
+    Returns:
+        Cell name -> its runs (`experiments.run_experiment`), each with `set` (what it was tuned to), the chosen ones
+        first, marked `chosen`, in the order of seeds.
+
+    Raises:
+        UserError: a recipe cannot be run.
+    """
+    cells = [cell for cell in study.cells() if only in (None, cell.row)]
+    threads = max(1, torch.get_num_threads() // jobs)
+    words = {"smoke": smoke, "full": full, "signal": study.signal, "gates_off": study.gates_off}
+    with (
+        ProcessPoolExecutor(jobs, get_context("spawn"), initializer=torch.set_num_threads, initargs=(threads,)) as pool,
+        # A thread a cell only waits.
+        ThreadPoolExecutor(len(cells)) as tuners,
+    ):
+
+        def start(cell: Cell, setting: dict[str, Any], seed: int) -> Future:
+            named = {**setting, "training.seed": seed}
+            place = Path(folder) / cell.name / ",".join(f"{_short(key)}={value}" for key, value in named.items())
+            changes = [*_overrides({**cell.at, **cell.spec.set, **named}), *overrides]
+            return pool.submit(_run, str(path), changes, str(place), **words)
+
+        tuned = [tuners.submit(tune, study, cell, partial(start, cell), tell) for cell in cells]
+        try:
+            return {cell.name: future.result() for cell, future in zip(cells, tuned, strict=True)}
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def tune(
+    study: Study,
+    cell: Cell,
+    start: Callable[[dict[str, Any], int], Future],
+    tell: Callable[[str], None] = print,
+) -> list[dict[str, Any]]:
+    """Tune one cell with the first seed, then run what was chosen with the others.
+
+    One word after the other is set to its best, until none changes: so a rate is bracketed at the warm-up that was
+    chosen, and not at another.
+
+    Args:
+        study, cell: what to tune.
+        start: begins a run, of a setting and a seed, and returns its future record (`experiments.run_experiment`).
+        tell: called with a line for every run that ends.
+
+    Returns:
+        The cell's runs, as `run_study` returns them.
+    """
+    runs: dict[tuple, dict[str, Any]] = {}
+
+    def all_of(settings: list[dict[str, Any]], seeds: list[int]) -> list[dict[str, Any]]:
+        keys = [(tuple(setting.items()), seed) for setting in settings for seed in seeds]
+        started = {key: start(dict(key[0]), key[1]) for key in dict.fromkeys(keys) if key not in runs}
+        for (setting, seed), future in started.items():
+            runs[(setting, seed)] = {**future.result(), "set": dict(setting)}
+            tell(_line(study, cell, runs[(setting, seed)]))
+        return [runs[key] for key in keys]
+
+    def best_of(key: str, values: list[Any], others: dict[str, Any]) -> tuple[list[Any], Any]:
+        values, added = list(values), {0: 0, -1: 0}
+        number = len(values) > 1 and all(isinstance(value, int | float) and value > 0 for value in values)
+        while True:
+            found = all_of([{**others, key: value} for value in values], study.seeds[:1])
+            scores = [score(run, study.metric) for run in found]
+            place = scores.index(min(scores))
+            # Where all diverge the first counts as best, and lower values are tried.
+            edge = 0 if place == 0 else -1 if place == len(values) - 1 else None
+            if edge is None or not number or added[edge] >= study.extend:
+                return values, values[place]
+            added[edge] += 1
+            ratio = values[-1] / values[-2]
+            values = [_rounded(values[0] / ratio), *values] if edge == 0 else [*values, _rounded(values[-1] * ratio)]
+
+    words = {**study.search, **cell.spec.search}
+    best = {key: values[0] for key, values in words.items()}
+    for _ in words:
+        before = dict(best)
+        for key, values in list(words.items()):
+            words[key], best[key] = best_of(key, values, best)
+        if best == before:
+            break
+    chosen = all_of([best], study.seeds)
+    others = [run for run in runs.values() if not any(run is other for other in chosen)]
+    return [{**run, "chosen": True} for run in chosen] + [{**run, "chosen": False} for run in others]
+
+
+def score(run: dict[str, Any], metric: str) -> float:
+    """The metric on validation data at the end of a run, less being better: infinite for one that diverged."""
+    value = run["results"].get("validation", {}).get(metric)
+    if run["diverged"] or value is None or not math.isfinite(value):
+        return math.inf
+    return value if METRICS[metric] else -value
+
+
+def _line(study: Study, cell: Cell, run: dict[str, Any]) -> str:
+    value = "diverged" if run["diverged"] else f"{run['results']['validation'][study.metric]:.4f}"
+    words = ", ".join(f"{_short(key)}={value}" for key, value in run["set"].items())
+    return f"{cell.name}  {words}  seed {run['seed']}: {value}  ({run['training_seconds']:.0f} s)"
+
+
+def _run(path: str, overrides: list[str], folder: str, smoke: bool, full: bool, **measures: bool) -> dict[str, Any]:
+    """One run, in a process of the pool."""
+    return run_experiment(load_recipe(path, overrides, smoke, full), folder, **measures)
+
+
+def _overrides(words: dict[str, Any]) -> list[str]:
+    return [
+        f"{key}={yaml.safe_dump(value, default_flow_style=True, width=1000).splitlines()[0]}"
+        for key, value in words.items()
+    ]
+
+
+def _product(across: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
+    return (dict(zip(across, values, strict=True)) for values in itertools.product(*across.values()))
+
+
+def _short(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
+def _rounded(number: float) -> float:
+    return float(f"{number:.6g}")

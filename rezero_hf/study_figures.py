@@ -1,0 +1,167 @@
+"""Pictures of a study, drawn from its result: curves, times to the target, ends against depth, gates."""
+
+import math
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from .figures import BLUE, GREY, VERMILION, log_ticks, natural, new_figure, save, whole_ticks
+from .signal_figures import norm_curves, singular_value_histograms, toy_contours
+from .study_results import UNITS
+from .toy_model import toy_landscape
+
+
+# Okabe and Ito's set, the ones that stay apart on white; dashes tell lines apart where colours repeat.
+COLOURS = (BLUE, VERMILION, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", GREY)
+DASHES = ("-", "--", ":", "-.")
+
+
+def draw(result: dict[str, Any], folder: str | Path) -> list[Path]:
+    """Every picture that a result has the numbers for.
+
+    Args:
+        result: `study_results.summarise`'s.
+        folder: where the PNGs go.
+
+    Returns:
+        The paths written.
+    """
+    folder, drawn = Path(folder), []
+    across = len({_at(row) for row in result["rows"]}) > 1
+    if not across and any(run["curve"] for row in result["rows"] for run in row["runs"]):
+        drawn.append(curves(result, folder / "curves.png"))
+    if result["target"] is not None and not across:
+        drawn.append(bars(result, folder / "steps.png"))
+    if across:
+        drawn.append(depths(result, folder / "depths.png"))
+    if any(run["alpha"] for row in result["rows"] for run in row["runs"]):
+        drawn.append(gates(result, folder / "gates.png"))
+    signals = {row["label"]: {} for row in result["rows"] if row["runs"] and "signal" in row["runs"][0]}
+    for row in result["rows"]:
+        if row["label"] in signals:
+            signals[row["label"]][next(iter(row["at"].values()), 0)] = row["runs"][0]["signal"]
+    for moment in ("start", "end") if signals else ():
+        records = {
+            form: {at: both[moment] for at, both in of.items() if moment in both} for form, of in signals.items()
+        }
+        records = {form: of for form, of in records.items() if of}
+        drawn.append(singular_value_histograms(records, folder / f"spectra_{moment}.png"))
+        deepest = {form: of[max(of)] for form, of in records.items()}
+        drawn.append(norm_curves(deepest, folder / f"norms_{moment}.png"))
+    if result["toy"]:
+        starts = [(0.0, w) for w in (0.5, 1.0, 1.5, 2.0, 2.5)] + [(1.0, w) for w in (0.5, 1.0, 1.5, 2.0)]
+        drawn.append(toy_contours(toy_landscape(starts), folder / "toy.png"))
+    return drawn
+
+
+def curves(result: dict[str, Any], path: str | Path) -> Path:
+    """Mean over seeds and the range of the seeds, against steps and against seconds of training."""
+    metric = result["metric"]
+    figure, axes = new_figure(4.8, 2)
+    shown: list[float] = []
+    for number, row in enumerate(result["rows"]):
+        colour, dash = COLOURS[number % len(COLOURS)], DASHES[number // len(COLOURS) % len(DASHES)]
+        runs = [[point for point in run["curve"] if _finite(point.get(metric))] for run in row["runs"]]
+        runs = [points for points in runs if points]
+        if not runs:
+            axes[0].plot([], [], color=colour, linestyle=dash, label=f"{row['label']} (diverged)")
+            continue
+        for ax, key in zip(axes, ("step", "training_seconds"), strict=True):
+            length = min(map(len, runs))
+            at = [fmean(points[place][key] for points in runs) for place in range(length)]
+            values = np.array([[points[place][metric] for points in runs] for place in range(length)])
+            ax.plot(at, values.mean(1), color=colour, linestyle=dash, linewidth=1.7, label=row["label"])
+            ax.fill_between(at, values.min(1), values.max(1), color=colour, alpha=0.15, linewidth=0)
+            shown += values.ravel().tolist()
+    if result["target"] is not None:
+        for ax in axes:
+            ax.axhline(result["target"], color="black", linewidth=0.8, linestyle=":")
+    for ax, label in zip(axes, ("step", "seconds of training"), strict=True):
+        ax.set_xlabel(label)
+        ax.xaxis.set_major_locator(whole_ticks(5))
+        ax.xaxis.set_major_formatter("{x:,.0f}")
+        ax.grid(axis="y", color="#DDDDDD", linewidth=0.8)
+    # A row that goes nowhere would flatten all others.
+    log_ticks(axes[0], [value for value in shown if value <= 2.5 * min(shown)] or shown)
+    axes[0].set_ylabel(f"validation, {UNITS[metric]}")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    return save(figure, path)
+
+
+def bars(result: dict[str, Any], path: str | Path) -> Path:
+    """Steps to the target, a bar a row, a dot a seed; rows that never arrive say so."""
+    rows = result["rows"][::-1]
+    figure, ax = new_figure(1.2 + 0.5 * len(rows))
+    for place, row in enumerate(rows):
+        reached = [run["to_target"]["steps"] for run in row["runs"] if run["to_target"] is not None]
+        if reached:
+            whole = len(reached) == len(row["runs"])
+            ax.barh(place, fmean(reached), color=BLUE if whole else "#BBBBBB", alpha=0.75, height=0.6)
+            ax.plot(reached, [place] * len(reached), "o", color="black", markersize=3.5)
+        else:
+            ax.text(0, place, " diverged" if all(run["diverged"] for run in row["runs"]) else " never", va="center")
+    ax.set_yticks(range(len(rows)), [row["label"] for row in rows])
+    ax.set_xlabel(f"steps to {result['target']:.3g} {UNITS[result['metric']]}")
+    ax.xaxis.set_major_formatter("{x:,.0f}")
+    return save(figure, path)
+
+
+def depths(result: dict[str, Any], path: str | Path) -> Path:
+    """What each row ends with, against the word it was run across: mean, range of seeds, a cross where it diverged."""
+    names = list(dict.fromkeys(row["label"] for row in result["rows"]))
+    values = list(dict.fromkeys(next(iter(row["at"].values())) for row in result["rows"]))
+    key = next(iter(result["rows"][0]["at"])).rpartition(".")[2].replace("_", " ")
+    figure, ax = new_figure(4.6)
+    shown: list[float] = []
+    for number, name in enumerate(names):
+        colour, dash = COLOURS[number % len(COLOURS)], DASHES[number // len(COLOURS) % len(DASHES)]
+        points, lost = {}, []
+        for row in (row for row in result["rows"] if row["label"] == name):
+            place = values.index(next(iter(row["at"].values())))
+            found = [run["value"] for run in row["runs"] if run["value"] is not None]
+            if found:
+                points[place] = found
+            else:
+                lost.append(place)
+        at = sorted(points)
+        ax.plot(at, [fmean(points[p]) for p in at], color=colour, linestyle=dash, marker="o", markersize=4, label=name)
+        ax.vlines(at, [min(points[p]) for p in at], [max(points[p]) for p in at], color=colour, linewidth=2, alpha=0.5)
+        shown += [value for found in points.values() for value in found]
+        offset = 0.06 * (number - len(names) / 2)
+        ax.plot([p + offset for p in lost], [0.97] * len(lost), "x", color=colour, transform=ax.get_xaxis_transform())
+    ax.set_xticks(range(len(values)), [str(value) for value in values])
+    ax.set_xlabel(key)
+    ax.set_ylabel(f"validation at the end, {UNITS[result['metric']]}")
+    if shown:
+        log_ticks(ax, shown)
+    ax.grid(axis="y", color="#DDDDDD", linewidth=0.8)
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    return save(figure, path)
+
+
+def gates(result: dict[str, Any], path: str | Path) -> Path:
+    """Alpha at the end, layer by layer, of every gated row: one line a row, the first seed's."""
+    figure, ax = new_figure(4.2)
+    rows = [row for row in result["rows"] if row["runs"] and row["runs"][0].get("alpha")]
+    for number, row in enumerate(rows):
+        alpha = row["runs"][0]["alpha"]
+        values = [fmean(alpha[name]) for name in sorted(alpha, key=natural)]
+        label = ", ".join([row["label"], *map(str, row["at"].values())])
+        ax.plot(
+            np.linspace(0, 1, len(values)), values, color=COLOURS[number % len(COLOURS)], linewidth=1.6, label=label
+        )
+    ax.axhline(0, color=GREY, linewidth=0.8)
+    ax.set_xlabel("depth (0 is the first layer, 1 the last)")
+    ax.set_ylabel("gate alpha at the end")
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    return save(figure, path)
+
+
+def _at(row: dict[str, Any]) -> tuple:
+    return tuple(row["at"].items())
+
+
+def _finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)

@@ -1,0 +1,188 @@
+"""What the runs of a study come to: one JSON, and the tables made from it. Diverged runs are shown as such."""
+
+import math
+from statistics import fmean, stdev
+from typing import Any
+
+from .experiments import CURVE
+from .studies import METRICS, Cell, Study
+from .verification import scrub
+
+
+UNITS = {"bits_per_byte": "bits per byte", "loss": "nats", "accuracy": "accuracy"}
+
+
+def summarise(name: str, size: str, study: Study, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Everything a table, a figure or a card needs of a study.
+
+    Args:
+        name: of the recipe.
+        size: `cpu`, `full` or `smoke`.
+        study: what was run.
+        runs: `studies.run_study`'s; cells that are missing are left out.
+
+    Returns:
+        JSON: what the study is, provenance of one of its runs, the target, and for each cell its chosen words, whether
+        the best lies inside what was tried, all attempts, and the chosen runs with their curves.
+    """
+    cells = [cell for cell in study.cells() if cell.name in runs]
+    rows = [_row(study, cell, runs[cell.name]) for cell in cells]
+    target = _target(study, rows)
+    for row in rows:
+        for run in row["runs"]:
+            run["to_target"] = None if target is None else first_at(run["curve"], study.metric, target)
+    first = runs[cells[0].name][0]
+    about = {word: getattr(study, word) for word in ("item", "metric", "baseline", "seeds", "target_at", "toy")}
+    provenance = {word: first[word] for word in ("command", "versions", "git", "device", "recipe", "data")}
+    seconds = sum(run["training_seconds"] for cell in cells for run in runs[cell.name])
+    finished = max(run["finished"] for cell in cells for run in runs[cell.name])
+    return scrub(
+        {"name": name, "size": size, **about, **provenance, "finished": finished, "training_seconds": round(seconds)}
+        | {"target": target, "rows": rows}
+    )
+
+
+def first_at(curve: list[dict[str, Any]], metric: str, target: float) -> dict[str, float] | None:
+    """Steps and training seconds at which a curve first reaches a value, between two evaluations by a straight line.
+
+    Returns:
+        `steps` and `seconds`; None if it never does.
+    """
+    sign = 1 if METRICS[metric] else -1
+    points = [point for point in curve if point.get(metric) is not None and math.isfinite(point[metric])]
+    for before, after in zip([points[0], *points] if points else [], points, strict=False):
+        if sign * (after[metric] - target) <= 0:
+            change = before[metric] - after[metric]
+            share = (before[metric] - target) / change if change else 1.0
+            read = {"steps": "step", "seconds": "training_seconds"}
+            return {name: before[key] + share * (after[key] - before[key]) for name, key in read.items()}
+    return None
+
+
+def study_table(result: dict[str, Any]) -> str:
+    """A study as a Markdown table: mean and spread over seeds, steps and time to the target, and what was chosen."""
+    unit, aimed = UNITS[result["metric"]], result["target"] is not None
+    header = ["row", "reported", f"validation ({unit})", "test", "seconds"]
+    header[4:4] = [f"steps to {result['target']:.3g}", "speed-up", "seconds to it"] if aimed else []
+    off = any("gates_off" in run for row in result["rows"] for run in row["runs"])
+    lines = [[*header, *(["all alpha 0"] if off else []), "tuned to"]]
+    base = {_at(row): row for row in result["rows"] if row["row"] == result["baseline"]}
+    for row in result["rows"]:
+        finished = [run for run in row["runs"] if not run["diverged"]]
+        label = ", ".join([row["label"], *(f"{key.rpartition('.')[2]} {value}" for key, value in row["at"].items())])
+        cells = [label, row["reported"] or "", _values(row["runs"], "value"), _values(row["runs"], "test")]
+        if aimed:
+            cells += [_reach(row["runs"], "steps"), _speed_up(row, base.get(_at(row))), _reach(row["runs"], "seconds")]
+        cells.append(f"{fmean(run['training_seconds'] for run in finished):.0f}" if finished else "")
+        if off:
+            without = [run["gates_off"].get(result["metric"]) for run in row["runs"] if run.get("gates_off")]
+            cells.append(_spread(without, "{:.3f}") if without else "")
+        lines.append([*cells, _chosen(row)])
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _row(study: Study, cell: Cell, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    chosen = [run for run in runs if run["chosen"]]
+    best = chosen[0]["set"]
+    tried = [{"set": run["set"], "seed": run["seed"], "value": _value(run, study.metric)} for run in runs]
+    inside = {}
+    for key, value in best.items():
+        values = sorted({run["set"][key] for run in runs if isinstance(run["set"][key], int | float)})
+        if len(values) > 1:
+            inside[key] = values[0] < value < values[-1]
+    kept = (
+        "seed",
+        "parameters",
+        "steps",
+        "flops",
+        "training_seconds",
+        "diverged",
+        "alpha",
+        "signal",
+        "gates_off",
+        "peak_memory_bytes",
+    )
+    return {
+        "row": cell.row,
+        "label": cell.spec.label,
+        "reported": cell.spec.reported,
+        "at": cell.at,
+        "chosen": best,
+        "inside": inside,
+        "tried": tried,
+        "runs": [
+            {word: run[word] for word in kept if word in run}
+            | {"value": _value(run, study.metric), "test": _value(run, study.metric, "test")}
+            | {"curve": [{word: point[word] for word in CURVE if word in point} for point in run["curve"]]}
+            for run in chosen
+        ],
+    }
+
+
+def _value(run: dict[str, Any], metric: str, split: str = "validation") -> float | None:
+    value = run["results"].get(split, {}).get(metric)
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _target(study: Study, rows: list[dict[str, Any]]) -> float | None:
+    """The value to compare times at; `target_at` reads it off the baseline's mean curve."""
+    base = next((row for row in rows if row["row"] == study.baseline), None)
+    if study.target_at is None or base is None:
+        return study.target
+    at = study.target_at * max(run["steps"] for run in base["runs"])
+    curves = [[point for point in run["curve"] if study.metric in point] for run in base["runs"] if not run["diverged"]]
+    values = [_at_step(curve, study.metric, at) for curve in curves if curve]
+    return fmean(values) if values else None
+
+
+def _at_step(curve: list[dict[str, Any]], metric: str, step: float) -> float:
+    before = max((point for point in curve if point["step"] <= step), key=lambda point: point["step"], default=curve[0])
+    after = min((point for point in curve if point["step"] >= step), key=lambda point: point["step"], default=curve[-1])
+    if after["step"] == before["step"]:
+        return after[metric]
+    share = (step - before["step"]) / (after["step"] - before["step"])
+    return before[metric] + share * (after[metric] - before[metric])
+
+
+def _at(row: dict[str, Any]) -> tuple:
+    return tuple(row["at"].items())
+
+
+def _values(runs: list[dict[str, Any]], word: str) -> str:
+    """Mean and spread of the runs that did not diverge, and how many did."""
+    values = [run[word] for run in runs if run[word] is not None]
+    lost = sum(run["diverged"] is not None for run in runs)
+    if not values:
+        return "diverged" if lost else ""
+    return _spread(values, "{:.3f}") + (f" ({lost} of {len(runs)} diverged)" if lost else "")
+
+
+def _reach(runs: list[dict[str, Any]], word: str) -> str:
+    reached = [run["to_target"][word] for run in runs if run["to_target"] is not None]
+    if not reached:
+        return "never"
+    return _spread(reached, "{:.0f}") + (f" ({len(reached)} of {len(runs)})" if len(reached) < len(runs) else "")
+
+
+def _speed_up(row: dict[str, Any], base: dict[str, Any] | None) -> str:
+    """How many times fewer steps than the baseline, by means over seeds; only if all runs of both arrive."""
+    means = []
+    for runs in ([] if base is None else base["runs"], row["runs"]):
+        reached = [run["to_target"] for run in runs]
+        means.append(fmean(found["steps"] for found in reached) if reached and all(reached) else math.nan)
+    ratio = means[0] / means[1]
+    return f"{ratio:.2f}x" if math.isfinite(ratio) else ""
+
+
+def _chosen(row: dict[str, Any]) -> str:
+    edge = [key for key, inside in row["inside"].items() if not inside]
+    words = [
+        f"{key.rpartition('.')[2]} {value}{' (edge)' if key in edge else ''}" for key, value in row["chosen"].items()
+    ]
+    return ", ".join(words)
+
+
+def _spread(values: list[float], form: str) -> str:
+    mean = form.format(fmean(values))
+    return f"{mean} ± {form.format(stdev(values))}" if len(values) > 1 else mean

@@ -1,0 +1,59 @@
+"""Run a table of the paper: all its rows, each tuned alike, and seeds; then write the table and the figures.
+
+python scripts/reproduce.py scripts/recipes/mlp_depth.yaml            # at the size of two CPU cores
+python scripts/reproduce.py scripts/recipes/mlp_depth.yaml --full     # at the paper's, where the recipe has one
+
+What was stopped goes on with the same command: finished runs are kept.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rezero_hf.cli import run
+from rezero_hf.errors import UserError
+from rezero_hf.recipe import load_recipe
+from rezero_hf.runs import cores
+from rezero_hf.strict import check_names
+from rezero_hf.studies import load_study, run_study
+from rezero_hf.study_figures import draw
+from rezero_hf.study_results import study_table, summarise
+
+
+def main(
+    recipe: Annotated[Path, typer.Argument(help="a recipe with a section study")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="section.key=value, over the recipe, for all runs")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="where the runs go (default runs/NAME)")] = None,
+    only: Annotated[str | None, typer.Option(help="run one row alone")] = None,
+    jobs: Annotated[int | None, typer.Option(help="runs at a time (default: the cores; 1 on a GPU)")] = None,
+    full: Annotated[bool, typer.Option("--full", help="the paper's size")] = False,
+    smoke: Annotated[bool, typer.Option("--smoke", help="every row for a few seconds")] = False,
+):
+    if full and smoke:
+        raise UserError("--full and --smoke are two sizes; choose one")
+    study = load_study(recipe)
+    if only is not None:
+        check_names([only], study.rows, f"{recipe}: --only: row")
+    size = "full" if full else "smoke" if smoke else "cpu"
+    plan = load_recipe(recipe, overrides or (), smoke, full)
+    output = output or Path("runs") / (plan.name if size == "cpu" else f"{plan.name}-{size}")
+    if jobs is None:
+        jobs = 1 if full else cores()
+    study = study.smallest() if smoke else study
+    words = {"only": only, "overrides": tuple(overrides or ()), "smoke": smoke, "full": full, "jobs": jobs}
+    runs = run_study(recipe, study, output, **words)
+    result = summarise(plan.name, size, study, runs)
+    print(study_table(result))
+    (output / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    for picture in draw(result, output / "figures"):
+        print(picture)
+    if only is None:
+        print(f"commit it with: python scripts/report.py {output}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,141 @@
+"""Every row of a study is tuned by the same rule, and what it comes to is made from its runs alone."""
+
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+
+from rezero_hf.recipe import RecipeError, load_recipe
+from rezero_hf.studies import Cell, Row, Study, load_study, tune
+from rezero_hf.study_results import first_at, study_table, summarise
+
+
+ROOT = Path(__file__).parents[1]
+STUDIES = [path for path in sorted((ROOT / "scripts" / "recipes").glob("*.yaml")) if "\nstudy:" in path.read_text()]
+RATE, WARMUP = "training.learning_rate", "training.warmup_steps"
+
+
+def record(value, seed, diverged=None, seconds=10.0):
+    """A run that falls from 4 to its value in a straight line, over 100 steps."""
+    curve = [
+        {"step": step, "training_seconds": seconds * step / 100, "bits_per_byte": 4 + (value - 4) * step / 100}
+        for step in (0, 25, 50, 75, 100)
+    ]
+    results = {split: {"bits_per_byte": value} for split in ("validation", "test")}
+    run = {"seed": seed, "diverged": diverged, "results": {} if diverged else results, "curve": curve, "alpha": {}}
+    run |= {"training_seconds": seconds, "steps": 100, "parameters": 7, "flops": 9, "finished": "2026-01-01"}
+    return run | {
+        "command": "reproduce.py x",
+        "versions": {},
+        "git": None,
+        "device": "a machine",
+        "recipe": "",
+        "data": {},
+    }
+
+
+def tuned(study, row, value_of):
+    """Tune a row whose runs end with `value_of(setting, seed)`; the runs, and the settings in the order they started."""
+    started = []
+
+    def start(setting, seed):
+        started.append((setting, seed))
+        future = Future()
+        value = value_of(setting, seed)
+        future.set_result(record(value or 0.0, seed, "step 3: the loss is nan" if value is None else None))
+        return future
+
+    return tune(study, Cell("row", row, {}), start, tell=lambda line: None), started
+
+
+def test_a_grid_is_extended_until_the_best_is_inside():
+    """The best rate lies below the grid; it is found, bracketed, and run with every seed, and nothing runs twice."""
+    study = Study("item", {}, search={RATE: [0.004, 0.008]}, seeds=[0, 1, 2])
+    runs, started = tuned(study, Row("row"), lambda setting, seed: 2 + abs(setting[RATE] - 0.001) * 100)
+    chosen = [run for run in runs if run["chosen"]]
+    assert [(run["set"], run["seed"]) for run in chosen] == [({RATE: 0.001}, seed) for seed in (0, 1, 2)]
+    assert sorted({setting[RATE] for setting, _ in started}) == [0.0005, 0.001, 0.002, 0.004, 0.008]
+    assert len(started) == len({(tuple(setting.items()), seed) for setting, seed in started}) == len(runs)
+
+
+def test_where_every_rate_diverges_lower_ones_are_tried_and_the_limit_is_kept():
+    study = Study("item", {}, search={RATE: [0.004, 0.008]}, seeds=[0], extend=2)
+    _, started = tuned(study, Row("row"), lambda setting, seed: None if setting[RATE] > 0.0015 else 2.0)
+    assert min(setting[RATE] for setting, _ in started) == 0.001
+    runs, _ = tuned(study, Row("row"), lambda setting, seed: None)
+    assert all(run["diverged"] for run in runs)
+
+
+def test_words_are_tuned_at_each_others_best():
+    """The rate is bracketed again at the warm-up that was chosen, where another one is best."""
+    study = Study("item", {}, search={RATE: [0.001, 0.002, 0.004]}, seeds=[0])
+
+    def value(setting, seed):
+        best = 0.002 if setting[WARMUP] == 10 else 0.004
+        return 2 + abs(setting[RATE] - best) * 10 - (setting[WARMUP] == 20) * 0.1
+
+    runs, _ = tuned(study, Row("row", search={WARMUP: [10, 20]}), value)
+    assert runs[0]["set"] == {RATE: 0.004, WARMUP: 20}
+    assert any(run["set"][RATE] > 0.004 and run["set"][WARMUP] == 20 for run in runs)
+
+
+def test_a_table_shows_spread_targets_edges_and_divergence():
+    """Mean and spread over seeds, steps and time to the target, the ratio to the baseline; a diverged row says so."""
+    rows = {"base": Row("base line", reported="1x"), "fast": Row("fast"), "lost": Row("lost")}
+    study = Study("item", rows, seeds=[0, 1], baseline="base", target_at=0.5, search={RATE: [1.0, 2.0]}, extend=0)
+    ends = {"base": (2.0, 2.2), "fast": (1.0, 1.2), "lost": (None, None)}
+    runs = {}
+    for name, values in ends.items():
+        cell = next(cell for cell in study.cells() if cell.row == name)
+        chosen = [record(value or 0.0, seed, None if value else "nan") for seed, value in enumerate(values)]
+        runs[cell.name] = [{**run, "set": {RATE: 2.0}, "chosen": True} for run in chosen]
+        runs[cell.name].append({**record(3.0, 0), "set": {RATE: 1.0}, "chosen": False})
+    result = summarise("demo", "cpu", study, runs)
+    assert result["target"] == pytest.approx(3.05)
+    lines = study_table(result).splitlines()
+    assert lines[2].startswith("| base line | 1x | 2.100 ± 0.141 | 2.100 ± 0.141 | 50 ± 4 | 1.00x | 5 ± 0 | 10 |")
+    assert "| 33 ± 2 | 1.52x |" in lines[3]
+    assert "learning_rate 2.0 (edge)" in lines[3]
+    assert lines[4].count("diverged") == 2
+
+
+def test_a_target_is_read_between_two_evaluations():
+    curve = record(2.0, 0)["curve"]
+    assert first_at(curve, "bits_per_byte", 3.25) == {"steps": 37.5, "seconds": 3.75}
+    assert first_at(curve, "bits_per_byte", 1.0) is None
+    rising = [
+        {"step": 1, "training_seconds": 1.0, "accuracy": 0.2},
+        {"step": 3, "training_seconds": 2.0, "accuracy": 0.6},
+    ]
+    assert first_at(rising, "accuracy", 0.4) == {"steps": 2.0, "seconds": 1.5}
+
+
+@pytest.mark.parametrize("recipe", STUDIES, ids=lambda recipe: recipe.stem)
+def test_a_committed_study_is_fair_by_its_words(recipe):
+    """Rows differ in what they are, in nothing else: no row sets a rate, a seed, data or a length of its own."""
+    study = load_study(recipe)
+    for row in study.rows.values():
+        for key in row.set:
+            assert key.startswith("model.") or key == "training.gate_lr_multiplier", f"{recipe}: {key}"
+        assert set(row.search) <= {WARMUP}
+    if "\nfull:" in recipe.read_text():
+        load_recipe(recipe, full=True)
+
+
+@pytest.mark.parametrize(
+    ("study", "message"),
+    [
+        ("{}", "has no section study with rows"),
+        ("{item: x, rows: {a: {label: a, sett: {}}}}", r"study\.rows\.a: key 'sett' is unknown; did you mean 'set'"),
+        ("{item: x, rows: {a: {label: a}}, baseline: b}", r"study\.baseline 'b' is unknown"),
+        ("{item: x, rows: {a: {label: a, set: {model.residul: plain}}}}", "did you mean 'residual'"),
+        ("{item: x, rows: {a: {label: a}}, metric: bpb}", "expected one of bits_per_byte, loss, accuracy"),
+        ("{item: x, rows: {a: {label: a}}, search: {lr: [1]}}", "'lr': section 'lr' is unknown"),
+    ],
+)
+def test_a_mistake_in_a_study_is_one_line(tmp_path, study, message):
+    path = tmp_path / "demo.yaml"
+    path.write_text(f"model: {{hidden_size: 64}}\nstudy: {study}\n")
+    with pytest.raises(RecipeError, match=message) as caught:
+        load_study(path)
+    assert "\n" not in str(caught.value)
