@@ -91,18 +91,8 @@ def _row(study: Study, cell: Cell, runs: list[dict[str, Any]]) -> dict[str, Any]
         values = sorted({run["set"][key] for run in runs if isinstance(run["set"][key], int | float)})
         if len(values) > 1:
             inside[key] = values[0] < value < values[-1]
-    kept = (
-        "seed",
-        "parameters",
-        "steps",
-        "flops",
-        "training_seconds",
-        "diverged",
-        "alpha",
-        "signal",
-        "gates_off",
-        "peak_memory_bytes",
-    )
+    kept = ("seed", "parameters", "steps", "flops", "training_seconds", "peak_memory_bytes", "diverged", "alpha")
+    kept += ("signal", "gates_off")
     return {
         "row": cell.row,
         "label": cell.spec.label,
