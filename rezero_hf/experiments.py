@@ -68,9 +68,9 @@ def run_experiment(recipe: Recipe, folder: str | Path, signal: bool = False, gat
 
     Returns:
         `recipe` (resolved, YAML), `data`, `seed`, provenance, `parameters`, `steps`, `flops`, `training_seconds`
-        (evaluations excluded), `peak_memory_bytes` (on a CPU of the process, so of the largest run in it), `curve` (rows
-        of what evaluations measured), `results` by split, `alpha` at the last evaluation, `diverged` (None, or why the
-        run ended early), and `signal` and `gates_off` if asked for.
+        (evaluations excluded), `peak_memory_bytes` (on a CPU of the process, so of the largest run in it), `curve`
+        (rows of what evaluations measured), `results` by split, `alpha` at the last evaluation, `diverged` (None, or
+        why the run ended early), and `signal` and `gates_off` if asked for.
 
     Raises:
         UserError: the recipe cannot be run.

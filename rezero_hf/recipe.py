@@ -220,6 +220,20 @@ def load_recipe(
     return Recipe(str(name), str(path), model_type, model, data, training)
 
 
+def load_language_recipe(path: str | Path, overrides: typing.Iterable[str] = (), smoke: bool = False) -> Recipe:
+    """`load_recipe` of one run of a language model.
+
+    Raises:
+        RecipeError: as there, or it is of a network for images.
+    """
+    recipe = load_recipe(path, overrides, smoke)
+    if recipe.model_type != "rezero":
+        raise RecipeError(
+            f"{path}: model.model_type={recipe.model_type!r} is for images; scripts/reproduce.py trains those."
+        )
+    return recipe
+
+
 def changed_words(before: str, after: str) -> list[str]:
     """Where two resolved recipes differ in what a run computes, as lines `section.key: OLD -> NEW`.
 

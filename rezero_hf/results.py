@@ -13,7 +13,6 @@ from .verification import scrub
 
 
 MEASURED = "# Measured "
-BEGIN, END = "<!-- results begin -->", "<!-- results end -->"
 COLUMNS = ("run", "seed", "parameters", "tokens", "validation", "test", "training", "device", "versions", "commit")
 
 
@@ -38,6 +37,31 @@ def collect(run_dir: str | Path) -> dict[str, Any]:
         if not math.isfinite(measured["bits_per_byte"]):
             raise UserError(f"{run_dir} ended with {measured['bits_per_byte']} bits per byte on {split}: it diverged")
     return scrub({**record, "recipe": recipe, "evaluations": evaluations})
+
+
+def collect_study(run_dir: str | Path) -> dict[str, Any]:
+    """The result of a study that was run whole (`scripts/reproduce.py`).
+
+    Raises:
+        UserError: there is none, or its numbers are not worth keeping: a smoke run, or some rows alone.
+    """
+    path = Path(run_dir) / "result.json"
+    result = json.loads(path.read_text(encoding="utf-8"))
+    if result["size"] == "smoke":
+        raise UserError(f"{run_dir} is a smoke run; its numbers mean nothing")
+    if not result["complete"]:
+        raise UserError(f"{path} holds some rows alone; run the same command without --only")
+    return result
+
+
+def committed(folder: str | Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Committed runs and committed studies, in the order of their files' names.
+
+    Args:
+        folder: `model_cards/results`.
+    """
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(folder).glob("*.json"))]
+    return [record for record in found if "rows" not in record], [record for record in found if "rows" in record]
 
 
 def table(records: Iterable[dict[str, Any]]) -> str:
@@ -84,14 +108,18 @@ def with_measured_line(recipe: str, line: str) -> str:
     return re.sub(rf"^{MEASURED}.*$", line, recipe, flags=re.MULTILINE)
 
 
-def splice(document: str, text: str) -> str:
-    """The document with everything between its result markers replaced by the text.
+def splice(document: str, text: str, what: str = "results") -> str:
+    """The document with everything between a pair of markers replaced by the text.
+
+    Args:
+        what: which pair: `<!-- results begin -->` and `<!-- results end -->`, or those of another word.
 
     Raises:
-        UserError: the document has not exactly one pair of markers.
+        UserError: the document has not exactly one such pair.
     """
-    if document.count(BEGIN) != 1 or document.count(END) != 1:
-        raise UserError(f"the document needs exactly one line {BEGIN} and one line {END}")
-    head, _, rest = document.partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    return f"{head}{BEGIN}\n{text}\n{END}{tail}"
+    begin, end = f"<!-- {what} begin -->", f"<!-- {what} end -->"
+    if document.count(begin) != 1 or document.count(end) != 1:
+        raise UserError(f"the document needs exactly one line {begin} and one line {end}")
+    head, _, rest = document.partition(begin)
+    _, _, tail = rest.partition(end)
+    return f"{head}{begin}\n{text}\n{end}{tail}"

@@ -1,6 +1,7 @@
 """What the runs of a study come to: one JSON, and the tables made from it. Diverged runs are shown as such."""
 
 import math
+from collections.abc import Iterable, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
@@ -9,6 +10,22 @@ from .studies import METRICS, Cell, Study
 from .verification import scrub
 
 
+CARD = """# {item}
+
+Mean and standard deviation over seeds, on validation data unless said otherwise. Every row was tuned by the same rule on
+the first seed; "edge" marks a word whose best value is the last one tried. What the paper or its authors' notebooks
+report is quoted and was not checked against the paper; it is of another size, so only the order of rows compares.
+
+{table}
+
+{pictures}
+
+| how it was made | |
+| --- | --- |
+{how}
+
+Made from `model_cards/results/{source}` by `scripts/report.py`, like every number here.
+"""
 UNITS = {"bits_per_byte": "bits per byte", "loss": "nats", "accuracy": "accuracy"}
 
 
@@ -38,7 +55,7 @@ def summarise(name: str, size: str, study: Study, runs: dict[str, list[dict[str,
     finished = max(run["finished"] for cell in cells for run in runs[cell.name])
     return scrub(
         {"name": name, "size": size, **about, **provenance, "finished": finished, "training_seconds": round(seconds)}
-        | {"target": target, "rows": rows}
+        | {"complete": len(cells) == len(study.cells()), "target": target, "rows": rows}
     )
 
 
@@ -80,6 +97,70 @@ def study_table(result: dict[str, Any]) -> str:
         lines.append([*cells, _chosen(row)])
     lines.insert(1, ["---"] * len(lines[0]))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def study_card(result: dict[str, Any], figures: Sequence[str]) -> str:
+    """A page on one study: its table, its pictures, and how it was made.
+
+    Args:
+        result: `summarise`'s.
+        figures: names of pictures in the folder `figures` beside the page.
+    """
+    versions = ", ".join(f"{package} {version}" for package, version in result["versions"].items() if version)
+    git = result["git"] or {"sha": "unknown", "dirty": False}
+    facts = {
+        "command": f"`{result['command']}`",
+        "size": result["size"],
+        "seeds": ", ".join(map(str, result["seeds"])),
+        "device": result["device"],
+        "training of all runs": f"{result['training_seconds'] / 3600:.1f} hours",
+        "versions": versions,
+        "commit": git["sha"][:8] + (" with changes" if git["dirty"] else ""),
+    }
+    pictures = "\n\n".join(f"![{name.partition('.')[0]}](figures/{name})" for name in figures)
+    how = "\n".join(f"| {label} | {value} |" for label, value in facts.items())
+    return CARD.format(
+        item=result["item"], table=study_table(result), pictures=pictures, how=how, source=f"{result['name']}.json"
+    )
+
+
+def studies_table(results: Iterable[dict[str, Any]]) -> str:
+    """One line a study: what the paper reports of ReZero, and what was measured of it and of the best row without it."""
+    lines = [
+        ["paper", "recipe", "reported for ReZero", "ReZero here", "best other row", "size, seeds, device"],
+        ["---"] * 6,
+    ]
+    for result in sorted(results, key=lambda result: result["name"]):
+        metric, unit = result["metric"], UNITS[result["metric"]]
+        last = _at(result["rows"][-1])
+        rows = [row for row in result["rows"] if _at(row) == last]
+        ours = next((row for row in rows if row["row"] == "rezero"), rows[-1])
+        others = [row for row in rows if row is not ours and any(run["value"] is not None for run in row["runs"])]
+        sign = 1 if METRICS[metric] else -1
+        best = min(others, key=lambda row: sign * _mean(row), default=None)
+        where = "".join(f", {key.rpartition('.')[2]} {value}" for key, value in last)
+        cells = [
+            f"[{result['item']}](model_cards/{result['name']}/README.md)",
+            f"[{result['name']}](scripts/recipes/{result['name']}.yaml)",
+            ours["reported"] or "",
+            f"{_values(ours['runs'], 'value')} {unit}{where}{_reached(result, ours)}",
+            "" if best is None else f"{_values(best['runs'], 'value')} ({best['label']}){_reached(result, best)}",
+            f"{result['size']}, {len(result['seeds'])}, {result['device']}",
+        ]
+        lines.append(cells)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _mean(row: dict[str, Any]) -> float:
+    return fmean(run["value"] for run in row["runs"] if run["value"] is not None)
+
+
+def _reached(result: dict[str, Any], row: dict[str, Any]) -> str:
+    if result["target"] is None:
+        return ""
+    base = next((r for r in result["rows"] if r["row"] == result["baseline"] and _at(r) == _at(row)), None)
+    ratio = _speed_up(row, base)
+    return f"; {_reach(row['runs'], 'steps')} steps to {result['target']:.3g}" + (f", {ratio}" if ratio else "")
 
 
 def _row(study: Study, cell: Cell, runs: list[dict[str, Any]]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import rezero_hf
 from rezero_hf.cli import run
 from rezero_hf.diagnostics import signal_record
 from rezero_hf.errors import UserError
-from rezero_hf.recipe import load_recipe
+from rezero_hf.recipe import load_language_recipe
 from rezero_hf.signal_figures import norm_curves
 from rezero_hf.tokenization import load_tokenizer
 
@@ -47,7 +47,7 @@ def main(
 ) -> None:
     """Print RMS of stream and gradient, gates and their use for each layer, and the spectrum of the Jacobian."""
     if model.endswith((".yaml", ".yml")):
-        recipe = load_recipe(model, overrides or ())
+        recipe = load_language_recipe(model, overrides or ())
         tokenizer = load_tokenizer(recipe.data.tokenizer)
         set_seed(recipe.training.get("seed", 42))
         network = rezero_hf.ReZeroForCausalLM(recipe.model_config(tokenizer))

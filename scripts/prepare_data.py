@@ -17,7 +17,7 @@ import typer
 from rezero_hf.cli import run
 from rezero_hf.data import DataConfig, Source, prepare
 from rezero_hf.errors import UserError
-from rezero_hf.recipe import load_recipe
+from rezero_hf.recipe import load_language_recipe
 from rezero_hf.sources import SPLITS
 from rezero_hf.tokenization import load_tokenizer
 
@@ -45,7 +45,7 @@ def main(
         for name, value in given.items():
             option = name.replace("_", "-")
             raise UserError(f"--{option} goes with --source; beside a recipe write data.{name}={value}")
-        config = load_recipe(recipe, overrides or ()).data
+        config = load_language_recipe(recipe, overrides or ()).data
     else:
         config = DataConfig([Source(name) for name in source], **given)
     text_tokenizer = load_tokenizer(config.tokenizer)

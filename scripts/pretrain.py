@@ -25,7 +25,7 @@ from rezero_hf.farewell import farewell, sample
 from rezero_hf.launching import LaunchReport, check_launch
 from rezero_hf.models import ReZeroForCausalLM
 from rezero_hf.planning import describe, make_plan
-from rezero_hf.recipe import load_recipe
+from rezero_hf.recipe import load_language_recipe
 from rezero_hf.rehearsal import rehearse
 from rezero_hf.run_folder import claim_run_dir
 from rezero_hf.runs import now, provenance, read_metrics
@@ -57,7 +57,7 @@ def main(
 ):
     started = time.perf_counter()
     check_launch()
-    plan = load_recipe(recipe, overrides or (), smoke)
+    plan = load_language_recipe(recipe, overrides or (), smoke)
     output = output or Path("runs") / plan.name
     args = plan.training_arguments(output / "checkpoints")
     main_process = args.process_index == 0

@@ -1,6 +1,6 @@
 """Commit finished runs to `model_cards/results`, and write their numbers into the README and their recipes' headers.
 
-python scripts/report.py runs/quickstart runs/quickstart.1
+python scripts/report.py runs/quickstart runs/quickstart.1 runs/mlp_depth
 """
 
 import json
@@ -11,36 +11,54 @@ from typing import Annotated
 import typer
 
 from rezero_hf.cli import run
-from rezero_hf.results import collect, measured_line, splice, table, with_measured_line
+from rezero_hf.results import (
+    collect,
+    collect_study,
+    committed,
+    measured_line,
+    splice,
+    table,
+    with_measured_line,
+)
+from rezero_hf.study_results import studies_table, study_card
 
 
 CARDS = Path("model_cards")
 
 
 def main(
-    runs: Annotated[list[Path] | None, typer.Argument(help="finished runs; none only rewrites the README")] = None,
+    runs: Annotated[
+        list[Path] | None, typer.Argument(help="finished runs and studies; none only rewrites the README")
+    ] = None,
 ):
-    collected = [(folder, collect(folder)) for folder in runs or ()]
     results = CARDS / "results"
     results.mkdir(parents=True, exist_ok=True)
-    for folder, record in collected:
-        name = f"{record['name']}-seed{record['seed']}"
-        (results / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    for folder in runs or ():
+        study = (folder / "result.json").exists()
+        record = collect_study(folder) if study else collect(folder)
+        name = record["name"] if study else f"{record['name']}-seed{record['seed']}"
+        (results / f"{name}.json").write_text(json.dumps(record, indent=None if study else 1) + "\n", encoding="utf-8")
         # The card and its pictures keep their places relative to each other.
-        card = CARDS / name
+        card, source = CARDS / name, folder if study else folder / "model"
         shutil.rmtree(card, ignore_errors=True)
         card.mkdir()
-        shutil.copyfile(folder / "model" / "README.md", card / "README.md")
-        if (folder / "model" / "figures").exists():
-            shutil.copytree(folder / "model" / "figures", card / "figures")
+        if (source / "figures").exists():
+            shutil.copytree(source / "figures", card / "figures")
+        if not study:
+            shutil.copyfile(source / "README.md", card / "README.md")
         print(f"{folder} -> {results / name}.json, {card}")
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*.json"))]
+    records, studies = committed(results)
+    for result in studies:
+        card = CARDS / result["name"]
+        figures = sorted(path.name for path in (card / "figures").iterdir())
+        (card / "README.md").write_text(study_card(result, figures), encoding="utf-8")
     for name in {record["name"] for record in records}:
         recipe = Path("scripts/recipes") / f"{name}.yaml"
         text = with_measured_line(recipe.read_text(encoding="utf-8"), measured_line(records, name))
         recipe.write_text(text, encoding="utf-8")
     readme = Path("README.md")
-    readme.write_text(splice(readme.read_text(encoding="utf-8"), table(records)), encoding="utf-8")
+    text = splice(readme.read_text(encoding="utf-8"), table(records))
+    readme.write_text(splice(text, studies_table(studies), "studies"), encoding="utf-8")
 
 
 if __name__ == "__main__":

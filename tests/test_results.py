@@ -7,7 +7,17 @@ from pathlib import Path
 import pytest
 
 from rezero_hf.errors import UserError
-from rezero_hf.results import collect, measured_line, splice, table, with_measured_line
+from rezero_hf.results import (
+    collect,
+    collect_study,
+    committed,
+    measured_line,
+    splice,
+    table,
+    with_measured_line,
+)
+from rezero_hf.studies import load_study
+from rezero_hf.study_results import studies_table, study_card
 
 
 ROOT = Path(__file__).parents[1]
@@ -73,17 +83,36 @@ def test_splicing_replaces_only_what_is_between_the_markers():
         splice("no markers", "new")
 
 
-def test_the_readmes_table_is_made_from_the_committed_records():
-    """Regenerated from `model_cards/results`, the README does not change: nothing in the table was typed."""
-    records = [json.loads(path.read_text()) for path in sorted((ROOT / "model_cards" / "results").glob("*.json"))]
+def test_the_readmes_tables_are_made_from_the_committed_records():
+    """Regenerated from `model_cards/results`, the README does not change: nothing in its tables was typed."""
+    records, studies = committed(ROOT / "model_cards" / "results")
     assert records
     readme = (ROOT / "README.md").read_text()
-    assert splice(readme, table(records)) == readme
+    assert splice(splice(readme, table(records)), studies_table(studies), "studies") == readme
+
+
+def test_a_studys_page_is_made_from_its_committed_result():
+    """And the result has every row of the recipe as it is now."""
+    for result in committed(ROOT / "model_cards" / "results")[1]:
+        card = ROOT / "model_cards" / result["name"]
+        figures = sorted(path.name for path in (card / "figures").iterdir())
+        assert (card / "README.md").read_text() == study_card(result, figures)
+        study = load_study(ROOT / "scripts" / "recipes" / f"{result['name']}.yaml")
+        assert [(row["row"], row["at"]) for row in result["rows"]] == [(cell.row, cell.at) for cell in study.cells()]
+        assert result["seeds"] == study.seeds
+
+
+def test_a_study_that_is_no_result_is_refused(tmp_path):
+    """Smoke runs and single rows cannot replace a committed table."""
+    for changes, message in (({"size": "smoke"}, "smoke run"), ({"complete": False}, "some rows alone")):
+        (tmp_path / "result.json").write_text(json.dumps({"size": "cpu", "complete": True, **changes}))
+        with pytest.raises(UserError, match=message):
+            collect_study(tmp_path)
 
 
 def test_a_recipes_header_says_what_its_committed_runs_reached():
     """Regenerated from the records, the header does not change."""
-    records = [json.loads(path.read_text()) for path in sorted((ROOT / "model_cards" / "results").glob("*.json"))]
+    records, _ = committed(ROOT / "model_cards" / "results")
     for name in {record["name"] for record in records}:
         recipe = (ROOT / "scripts" / "recipes" / f"{name}.yaml").read_text()
         assert with_measured_line(recipe, measured_line(records, name)) == recipe

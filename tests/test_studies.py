@@ -94,7 +94,7 @@ def test_a_table_shows_spread_targets_edges_and_divergence():
     assert result["target"] == pytest.approx(3.05)
     lines = study_table(result).splitlines()
     assert lines[2].startswith("| base line | 1x | 2.100 ± 0.141 | 2.100 ± 0.141 | 50 ± 4 | 1.00x | 5 ± 0 | 10 |")
-    assert "| 33 ± 2 | 1.52x |" in lines[3]
+    assert "| 33 ± 2 | 1.53x |" in lines[3]
     assert "learning_rate 2.0 (edge)" in lines[3]
     assert lines[4].count("diverged") == 2
 

@@ -1,0 +1,129 @@
+"""One run of a study gives a whole record, is not repeated, and every row of every committed study goes through."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rezero_hf.errors import UserError
+from rezero_hf.experiments import run_experiment
+from rezero_hf.recipe import load_language_recipe, load_recipe
+from rezero_hf.studies import load_study
+
+
+ROOT = Path(__file__).parents[1]
+STUDIES = [path for path in sorted((ROOT / "scripts" / "recipes").glob("*.yaml")) if "\nstudy:" in path.read_text()]
+ROWS = [(path, cell) for path in STUDIES for cell in load_study(path).smallest().cells()]
+TINY = """
+model: {model_type: rezero_mlp, hidden_size: 8, num_hidden_layers: 3}
+data: {source: digits, augmentation: none}
+training: {global_batch_size: 16, per_device_train_batch_size: 16, max_steps: 6, eval_strategy: steps, eval_steps: 2,
+  save_strategy: "no", optimizer: adagrad, learning_rate: 0.1, report_to: none, disable_tqdm: true}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY)
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Where the text and the images of a study come from in a test."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "text.txt").write_text("".join(f"line {n} says {n * n}\n" for n in range(600)))
+    cache = f"data.cache_dir={folder / 'cache'}"
+    return {"rezero": [cache, f"data.sources={folder / 'text.txt'}"], "rezero_mlp": [cache], "rezero_resnet": [cache]}
+
+
+@pytest.mark.parametrize(("path", "cell"), ROWS, ids=lambda value: getattr(value, "stem", None) or value.name)
+def test_a_row_of_a_committed_study_runs_small(path, cell, data, tmp_path):
+    """A few steps with its own words, and with the measurements that its study asks for."""
+    study = load_study(path)
+    words = [f"{key}={json.dumps(value)}" for key, value in {**cell.at, **cell.spec.set}.items()]
+    # Depth is for the real thing.
+    words = [word for word in words if not word.startswith("model.num_hidden_layers=")]
+    kind = load_recipe(path).model_type
+    shallow = [] if kind == "rezero_resnet" else ["model.num_hidden_layers=3"]
+    recipe = load_recipe(path, [*words, *shallow, *data[kind], "training.max_steps=2"], smoke=True)
+    run = run_experiment(recipe, tmp_path / "run", signal=study.signal, gates_off=study.gates_off)
+    assert run["diverged"] is None
+    assert run["curve"][-1]["step"] == 2
+    assert study.metric in run["results"]["validation"]
+    assert run["results"]["validation"][study.metric] == run["curve"][-1][study.metric] or kind == "rezero"
+    assert set(run) >= ({"signal"} if study.signal else set()) | ({"gates_off"} if study.gates_off else set())
+
+
+def test_a_record_says_everything_and_a_finished_run_is_not_repeated(recipe, tmp_path):
+    """Curve, results by split, cost and provenance; the same again is read, another recipe is run anew."""
+    first = run_experiment(load_recipe(recipe), tmp_path / "run", gates_off=True)
+    assert [point["step"] for point in first["curve"]] == [2, 4, 6]
+    assert set(first["results"]) == {"train", "validation", "test"}
+    assert first["parameters"] == 64 * 8 + 8 + 3 * (8 * 8 + 8 + 1) + 8 * 10 + 10
+    # Three passes of two operations a weight, for every image of every step.
+    assert first["flops"] == 6 * 16 * 3 * 2 * (64 * 8 + 3 * 64 + 8 * 10)
+    assert {"versions", "git", "device", "command", "started", "finished", "data", "peak_memory_bytes"} <= set(first)
+    assert first["gates_off"]["loss"] != first["results"]["validation"]["loss"]
+    again = run_experiment(load_recipe(recipe), tmp_path / "run")
+    assert again == first
+    other = run_experiment(load_recipe(recipe, ["training.seed=1"]), tmp_path / "run")
+    assert other["results"] != first["results"]
+    assert "gates_off" not in other
+
+
+def test_a_run_that_diverges_is_a_result(recipe, tmp_path):
+    """It ends with the step and the reason, and what was measured until then."""
+    words = [
+        "training.learning_rate=1.0e+30",
+        "training.optimizer=sgd",
+        "training.eval_steps=1",
+        "model.residual=plain",
+    ]
+    run = run_experiment(load_recipe(recipe, words), tmp_path / "run", gates_off=True)
+    assert "the step was not applied" in run["diverged"]
+    assert run["results"] == run["gates_off"] == {}
+    assert run["steps"] < 6
+
+
+def test_the_script_runs_tunes_draws_and_goes_on(recipe, tmp_path):
+    """One command gives table, pictures and result; given again it repeats nothing; a mistake is one line."""
+    study = {
+        "item": "a test", "metric": "accuracy", "seeds": [0, 1], "extend": 0, "baseline": "plain", "target_at": 0.5,
+        "search": {"training.learning_rate": [0.05, 0.1]},
+        "rows": {name: {"label": name, "set": {"model.residual": name}} for name in ("plain", "rezero")},
+    }  # fmt: skip
+    recipe.write_text(f"{TINY}study: {json.dumps(study)}\n")
+
+    def reproduce(*words):
+        command = [sys.executable, str(ROOT / "scripts" / "reproduce.py"), str(recipe), "--output", tmp_path / "runs"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [*command, "--jobs", "1", *words], env=environment, capture_output=True, text=True, check=False
+        )
+        return done, done.stdout.splitlines()
+
+    done, lines = reproduce(f"data.cache_dir={tmp_path / 'cache'}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads((tmp_path / "runs" / "result.json").read_text())
+    assert [row["label"] for row in result["rows"]] == ["plain", "rezero"]
+    assert all(len(row["runs"]) == 2 and len(row["tried"]) == 3 for row in result["rows"])
+    assert str(tmp_path) not in json.dumps(result)
+    pictures = {path.name for path in (tmp_path / "runs" / "figures").iterdir()}
+    assert pictures == {"curves.png", "steps.png", "gates.png"}
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("run.json")}
+    assert len(before) == 6
+    done, again = reproduce(f"data.cache_dir={tmp_path / 'cache'}", "--only", "rezero")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("run.json")} == before
+    ours, theirs = ([line for line in shown if line.startswith("| rezero")] for shown in (again, lines))
+    # Without the baseline's row there is no target.
+    assert ours[0].split(" | ")[:4] == theirs[0].split(" | ")[:4]
+
+
+def test_an_image_recipe_is_not_for_the_pretraining_script(recipe):
+    with pytest.raises(UserError, match=r"scripts/reproduce\.py trains those"):
+        load_language_recipe(recipe)
