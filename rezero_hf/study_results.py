@@ -12,8 +12,8 @@ from .verification import scrub
 
 CARD = """# {item}
 
-Mean and standard deviation over seeds, on validation data unless said otherwise. Every row was tuned by the same rule on
-the first seed; "edge" marks a word whose best value is the last one tried. What the paper or its authors' notebooks
+Mean and standard deviation over seeds, on validation data unless said otherwise. Every row was tuned by the same rule
+on the first seed; "edge" marks a word whose best value is the last one tried. What the paper or its authors' notebooks
 report is quoted and was not checked against the paper; it is of another size, so only the order of rows compares.
 
 {table}
@@ -125,7 +125,7 @@ def study_card(result: dict[str, Any], figures: Sequence[str]) -> str:
 
 
 def studies_table(results: Iterable[dict[str, Any]]) -> str:
-    """One line a study: what the paper reports of ReZero, and what was measured of it and of the best row without it."""
+    """One line a study: what the paper reports of ReZero, what was measured of it, and of the best other row."""
     lines = [
         ["paper", "recipe", "reported for ReZero", "ReZero here", "best other row", "size, seeds, device"],
         ["---"] * 6,
