@@ -207,7 +207,7 @@ trainer.train()
         ({"num_train_epochs": math.inf}, "num_train_epochs=inf: must be a finite number"),
         ({"adam_beta1": 2.0}, r"adam_beta1=2.0: must be in \[0, 1\)"),
         ({"max_steps": 0}, "max_steps=0: must be at least 1, or -1"),
-        ({"optimizer": "sgd"}, "optimizer='sgd' is unknown; one of adamw, lamb, muon"),
+        ({"optimizer": "adam"}, "optimizer='adam' is unknown; one of adamw, adagrad, sgd, lamb"),
         ({"remove_unused_columns": True}, "remove_unused_columns=True would drop shift_labels"),
     ],
 )
