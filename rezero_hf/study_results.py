@@ -81,8 +81,11 @@ def study_table(result: dict[str, Any]) -> str:
     unit, aimed = UNITS[result["metric"]], result["target"] is not None
     header = ["row", "reported", f"validation ({unit})", "test", "seconds"]
     header[4:4] = [f"steps to {result['target']:.3g}", "speed-up", "seconds to it"] if aimed else []
-    off = any("gates_off" in run for row in result["rows"] for run in row["runs"])
-    lines = [[*header, *(["all alpha 0"] if off else []), "tuned to"]]
+    off, signal = (
+        any(word in run for row in result["rows"] for run in row["runs"]) for word in ("gates_off", "signal")
+    )
+    header += ["all alpha 0"] * off + ["chi at the start", "lost", "chi at the end", "lost"] * signal
+    lines = [[*header, "tuned to"]]
     base = {_at(row): row for row in result["rows"] if row["row"] == result["baseline"]}
     for row in result["rows"]:
         finished = [run for run in row["runs"] if not run["diverged"]]
@@ -94,9 +97,20 @@ def study_table(result: dict[str, Any]) -> str:
         if off:
             without = [run["gates_off"].get(result["metric"]) for run in row["runs"] if run.get("gates_off")]
             cells.append(_spread(without, "{:.3f}") if without else "")
+        if signal:
+            cells += [text for moment in ("start", "end") for text in _spectrum(row, moment)]
         lines.append([*cells, _chosen(row)])
     lines.insert(1, ["---"] * len(lines[0]))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _spectrum(row: dict[str, Any], moment: str) -> tuple[str, str]:
+    """Mean squared singular value of the first seed's input-output Jacobian, and the share of them that is 0."""
+    found = row["runs"][0].get("signal", {}).get(moment)
+    if found is None:
+        return "", ""
+    chi, lost = found["jacobian"]["chi"], found["jacobian"].get("share_zero")
+    return "not finite" if chi is None else f"{chi:.3g}", "" if lost is None else f"{lost:.0%}"
 
 
 def study_card(result: dict[str, Any], figures: Sequence[str]) -> str:
