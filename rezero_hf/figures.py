@@ -247,7 +247,7 @@ def _short(value: float, _position: int | None = None) -> str:
 
 def log_ticks(axes, values: list[float]) -> None:
     """A logarithmic axis, on which the long tail of training stays visible, with plain numbers on it."""
-    from matplotlib.ticker import FixedLocator, FormatStrFormatter, NullLocator
+    from matplotlib.ticker import FixedLocator, FormatStrFormatter, MaxNLocator, NullLocator
 
     low, high = min(values), max(values)
     if low <= 0:
@@ -256,6 +256,9 @@ def log_ticks(axes, values: list[float]) -> None:
     axes.set_ylim(low / 1.06, max(high * 1.04, low * 1.2))
     decades = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
     ticks = [step * 10.0**decade for decade in decades for step in TICK_STEPS]
+    if sum(low <= tick <= high for tick in ticks) < 3:
+        # Within so small a range round numbers are evenly spaced.
+        ticks = MaxNLocator(6).tick_values(low, high)
     axes.yaxis.set_major_locator(FixedLocator(ticks))
     axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
     axes.yaxis.set_minor_locator(NullLocator())
