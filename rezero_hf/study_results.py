@@ -12,9 +12,8 @@ from .verification import scrub
 
 CARD = """# {item}
 
-Mean and standard deviation over seeds, on validation data unless said otherwise. Every row was tuned by the same rule
-on the first seed; "edge" marks a word whose best value is the last one tried. What the paper or its authors' notebooks
-report is quoted and was not checked against the paper; it is of another size, so only the order of rows compares.
+Mean and standard deviation over seeds, on validation data unless said otherwise. {tuning} What the paper or its authors'
+notebooks report is quoted and was not checked against the paper; it is of another size, so only the order of rows compares.
 
 {table}
 
@@ -26,6 +25,10 @@ report is quoted and was not checked against the paper; it is of another size, s
 
 Made from `model_cards/results/{source}` by `scripts/report.py`, like every number here.
 """
+TUNED = """Every row was tuned by the same rule on the first seed;
+"edge" marks a word whose best value is the last one tried."""
+NOT_TUNED = """Rows were not tuned, all have the same words but for what
+they are: this is not about where they end."""
 UNITS = {"bits_per_byte": "bits per byte", "loss": "nats", "accuracy": "accuracy"}
 
 
@@ -133,8 +136,14 @@ def study_card(result: dict[str, Any], figures: Sequence[str]) -> str:
     }
     pictures = "\n\n".join(f"![{name.partition('.')[0]}](figures/{name})" for name in figures)
     how = "\n".join(f"| {label} | {value} |" for label, value in facts.items())
+    tuning = TUNED if any(row["chosen"] for row in result["rows"]) else NOT_TUNED
     return CARD.format(
-        item=result["item"], table=study_table(result), pictures=pictures, how=how, source=f"{result['name']}.json"
+        tuning=tuning,
+        item=result["item"],
+        table=study_table(result),
+        pictures=pictures,
+        how=how,
+        source=f"{result['name']}.json",
     )
 
 
@@ -145,24 +154,30 @@ def studies_table(results: Iterable[dict[str, Any]]) -> str:
         ["---"] * 6,
     ]
     for result in sorted(results, key=lambda result: result["name"]):
-        metric, unit = result["metric"], UNITS[result["metric"]]
+        sign = 1 if METRICS[result["metric"]] else -1
         last = _at(result["rows"][-1])
         rows = [row for row in result["rows"] if _at(row) == last]
         ours = next((row for row in rows if row["row"] == "rezero"), rows[-1])
         others = [row for row in rows if row is not ours and any(run["value"] is not None for run in row["runs"])]
-        sign = 1 if METRICS[metric] else -1
         best = min(others, key=lambda row: sign * _mean(row), default=None)
         where = "".join(f", {key.rpartition('.')[2]} {value}" for key, value in last)
         cells = [
             f"[{result['item']}](model_cards/{result['name']}/README.md)",
             f"[{result['name']}](scripts/recipes/{result['name']}.yaml)",
             ours["reported"] or "",
-            f"{_values(ours['runs'], 'value')} {unit}{where}{_reached(result, ours)}",
-            "" if best is None else f"{_values(best['runs'], 'value')} ({best['label']}){_reached(result, best)}",
+            f"{_headline(result, ours)}{where}",
+            "" if best is None else f"{_headline(result, best)} ({best['label']})",
             f"{result['size']}, {len(result['seeds'])}, {result['device']}",
         ]
         lines.append(cells)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _headline(result: dict[str, Any], row: dict[str, Any]) -> str:
+    """What a study's line says of a row: signals where it is about them, else where it ends and how fast it gets there."""
+    if "signal" in row["runs"][0]:
+        return ", ".join(f"chi {_spectrum(row, moment)[0]} at the {moment}" for moment in ("start", "end"))
+    return f"{_values(row['runs'], 'value')} {UNITS[result['metric']]}{_reached(result, row)}"
 
 
 def _mean(row: dict[str, Any]) -> float:
