@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, set_seed
 
@@ -17,11 +18,12 @@ from .checkpoints import newest_complete
 from .data import EvalBlocks, TrainBlocks, held_out_blocks, prepare
 from .diagnostics import signal_record
 from .durable import write_whole
+from .errors import UserError
 from .flops import flops_per_image, flops_per_token
 from .image_data import EvalImages, TrainImages, accuracy_metrics, prepare_images
 from .models import ReZeroForCausalLM, ReZeroMLPForImageClassification, ReZeroResNetForImageClassification
 from .optim import gates
-from .recipe import Recipe
+from .recipe import Recipe, changed_words
 from .runs import now, provenance, read_metrics
 from .tokenization import load_tokenizer, token_byte_lengths
 from .training import ReZeroTrainer, training_steps
@@ -32,6 +34,8 @@ RECORD = "run.json"
 IMAGE_MODELS = {"rezero_resnet": ReZeroResNetForImageClassification, "rezero_mlp": ReZeroMLPForImageClassification}
 # What of an evaluation's row is kept: the gates are kept once, and what was measured on is the same every time.
 CURVE = ("step", "training_seconds", "loss", "bits_per_byte", "accuracy")
+# What a heat map can still show, and a committed file hold.
+MOST_GATES = 512
 # Rows of the training data that signals are sent through: enough for a steady mean, few enough for their Jacobians.
 SIGNAL_ROWS = 4
 
@@ -62,20 +66,20 @@ def run_experiment(recipe: Recipe, folder: str | Path, signal: bool = False, gat
     Args:
         recipe: of any family. `training.seed` decides initial weights and the order of the data, the same for every
             form of a model.
-        folder: of this run. A finished one of the same recipe is returned as it is, an interrupted one with checkpoints
-            gone on with, anything else there replaced.
+        folder: of this run. A finished one is returned as it is, an interrupted one with checkpoints gone on with, the
+            rest of an unfinished one replaced.
         signal: also record how signals and gradients travel through the net, at the start and at the end
             (`diagnostics.signal_record`).
         gates_off: also measure the trained model with every alpha at 0, on validation data.
 
     Returns:
         `recipe` (resolved, YAML), `data`, `seed`, provenance, `parameters`, `steps`, `flops`, `training_seconds`
-        (evaluations excluded), `peak_memory_bytes` (on a CPU of the process, so of the largest run in it), `curve`
-        (rows of what evaluations measured), `results` by split, `alpha` at the last evaluation, `diverged` (None, or
-        why the run ended early), and `signal` and `gates_off` if asked for.
+        (evaluations excluded), `threads`, `peak_memory_bytes` (on a CPU of the process, so of the largest run in it),
+        `curve` (rows of what evaluations measured), `results` by split, `alpha` (every gate at every evaluation, for
+        nets of up to 512), `diverged` (None, or why the run ended early), and `signal` and `gates_off` if asked for.
 
     Raises:
-        UserError: the recipe cannot be run.
+        UserError: the recipe cannot be run, a finished run there has another, or the process was told to stop.
     """
     folder = Path(folder)
     args = recipe.training_arguments(folder / "checkpoints")
@@ -98,6 +102,9 @@ def run_experiment(recipe: Recipe, folder: str | Path, signal: bool = False, gat
         trainer.train(resume_from_checkpoint=resumes)
     except NotFiniteError as error:
         diverged = str(error)
+    seconds = trainer.throughput.training_seconds()
+    if trainer.told_to_stop:
+        raise UserError(f"{folder}: told to stop at step {trainer.state.global_step}; the same command goes on.")
     if signal and diverged is None:
         signals["end"] = signal_record(model, probe)
     evaluations = [row for row in read_metrics(trainer.log_file) if row["event"] == "eval"]
@@ -109,10 +116,13 @@ def run_experiment(recipe: Recipe, folder: str | Path, signal: bool = False, gat
         "parameters": model.num_parameters(),
         "steps": trainer.state.global_step,
         "flops": trainer.state.global_step * sequences_per_step(args) * setting.flops_per_row,
-        "training_seconds": trainer.throughput.training_seconds(),
+        "training_seconds": seconds,
+        "threads": torch.get_num_threads(),
         "peak_memory_bytes": trainer.throughput.peak_memory(),
-        "curve": [{name: row[name] for name in CURVE if name in row} for row in evaluations],
-        "alpha": evaluations[-1]["alpha"] if evaluations else {},
+        "curve": [_only(row, CURVE) for row in evaluations],
+        "alpha": [
+            {"step": row["step"], "alpha": row["alpha"]} for row in evaluations if len(row["alpha"]) <= MOST_GATES
+        ],
         "results": {} if diverged else {split: trainer.measure(rows) for split, rows in setting.held_out.items()},
         "diverged": diverged,
     }
@@ -128,12 +138,27 @@ def run_experiment(recipe: Recipe, folder: str | Path, signal: bool = False, gat
 
 
 def _finished(folder: Path, resolved: str, asked: dict[str, bool]) -> dict[str, Any] | None:
+    """The record of a finished run, if it has what is asked for.
+
+    Raises:
+        UserError: it is of another recipe, and hours of work.
+    """
     try:
         known = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):
         return None
-    measured = all(name in known for name, wanted in asked.items() if wanted)
-    return known if measured and known["recipe"] == resolved else None
+    # Where the data lie is not what they are.
+    changed = [line for line in changed_words(known["recipe"], resolved) if not line.startswith("data.path")]
+    if changed:
+        raise UserError(
+            f"{folder} holds a finished run with other words ({'; '.join(changed)[:300]}): choose another --output, or "
+            "delete it."
+        )
+    return known if all(name in known for name, wanted in asked.items() if wanted) else None
+
+
+def _only(row: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: row[name] for name in names if name in row}
 
 
 def _is_interrupted(folder: Path, resolved: str) -> bool:

@@ -193,6 +193,8 @@ def load_recipe(
     # Looked at in any case, so that a typo shows whichever size is asked for.
     for size, wanted in {"full": full, "smoke": smoke}.items():
         for key, value in document[size].items():
+            if key.startswith("study."):
+                continue
             _override(document if wanted else {s: {} for s in SECTIONS}, key, value, f"{path}: {size}")
     for text in overrides:
         key, equals, value = text.partition("=")

@@ -8,7 +8,7 @@ own difficulty asked for. Runs are independent: they go on `jobs` at a time, and
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 
 from .errors import UserError
 from .experiments import run_experiment
+from .launching import end_with_parent
 from .recipe import SECTIONS, load_recipe, read_yaml
 from .strict import RecipeError, check_names, checked
 
@@ -36,7 +37,7 @@ class Row:
 
     Args:
         label: what the table calls it.
-        set: dotted overrides that make it, `section.key` -> value.
+        set: dotted overrides that make it, `section.key` -> value. A word that is set is not tuned.
         search: words tuned for this row alone, besides the study's: `section.key` -> values to try.
         reported: the paper's number or word for it, as text; quoted as reported, not checked.
     """
@@ -117,16 +118,23 @@ class Cell:
         return ",".join([self.row, *(f"{_short(key)}={value}" for key, value in self.at.items())])
 
 
-def load_study(path: str | Path) -> Study:
+def load_study(path: str | Path, size: str = "cpu") -> Study:
     """Read and check the section `study` of a recipe.
+
+    Args:
+        path: the recipe.
+        size: `cpu`, or `smoke` or `full`, whose sections may set words of the study as `study.WORD`.
 
     Raises:
         RecipeError: there is none, or it says something that cannot be.
     """
     path = Path(path)
-    section = read_yaml(path).get("study")
+    document = read_yaml(path)
+    section = document.get("study")
     if not isinstance(section, dict) or not isinstance(section.get("rows"), dict):
         raise RecipeError(f"{path}: is one run (scripts/pretrain.py), not a study: it has no section study with rows.")
+    sized = {key: value for key, value in (document.get(size) or {}).items() if key.startswith("study.")}
+    section |= {key.removeprefix("study."): value for key, value in sized.items()}
     rows = {
         name: Row(**checked(spec or {}, Row, f"{path}: study.rows.{name}")) for name, spec in section["rows"].items()
     }
@@ -178,9 +186,14 @@ def run_study(
     cells = [cell for cell in study.cells() if only in (None, cell.row)]
     threads = max(1, torch.get_num_threads() // jobs)
     words = {"smoke": smoke, "full": full, "signal": study.signal, "gates_off": study.gates_off}
+    ours = {"training.seed", *study.across, *study.search}
+    ours |= {key for row in study.rows.values() for key in (*row.set, *row.search)}
+    for text in overrides:
+        if (key := text.partition("=")[0].strip()) in ours:
+            raise RecipeError(f"override {text!r}: {key} is what the study varies; change it in {path}.")
     with (
         _alone_in(Path(folder)),
-        ProcessPoolExecutor(jobs, get_context("spawn"), initializer=torch.set_num_threads, initargs=(threads,)) as pool,
+        ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_start_worker, initargs=(threads,)) as pool,
         # A thread a cell only waits.
         ThreadPoolExecutor(len(cells)) as tuners,
     ):
@@ -191,12 +204,17 @@ def run_study(
             changes = [*_overrides({**cell.at, **cell.spec.set, **named}), *overrides]
             return pool.submit(_run, str(path), changes, str(place), **words)
 
-        tuned = [tuners.submit(tune, study, cell, partial(start, cell), tell) for cell in cells]
+        tuned = {tuners.submit(tune, study, cell, partial(start, cell), tell): cell.name for cell in cells}
         try:
-            return {cell.name: future.result() for cell, future in zip(cells, tuned, strict=True)}
+            for future in as_completed(tuned):
+                future.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            # What runs now would else go on to its end, which may be hours away.
+            for worker in list(pool._processes.values()):
+                worker.terminate()
             raise
+        return {name: future.result() for future, name in tuned.items()}
 
 
 @contextmanager
@@ -231,6 +249,8 @@ def tune(
         The cell's runs, as `run_study` returns them.
     """
     runs: dict[tuple, dict[str, Any]] = {}
+    # Word -> values added below and above, over all sweeps.
+    extended: dict[str, dict[int, int]] = {}
 
     def all_of(settings: list[dict[str, Any]], seeds: list[int]) -> list[dict[str, Any]]:
         keys = [(tuple(setting.items()), seed) for setting in settings for seed in seeds]
@@ -241,7 +261,7 @@ def tune(
         return [runs[key] for key in keys]
 
     def best_of(key: str, values: list[Any], others: dict[str, Any]) -> tuple[list[Any], Any]:
-        values, added = list(values), {0: 0, -1: 0}
+        values, added = list(values), extended.setdefault(key, {0: 0, -1: 0})
         number = len(values) > 1 and all(isinstance(value, int | float) and value > 0 for value in values)
         while True:
             found = all_of([{**others, key: value} for value in values], study.seeds[:1])
@@ -255,14 +275,13 @@ def tune(
             ratio = values[-1] / values[-2]
             values = [_rounded(values[0] / ratio), *values] if edge == 0 else [*values, _rounded(values[-1] * ratio)]
 
-    words = {**study.search, **cell.spec.search}
+    words = {key: values for key, values in {**study.search, **cell.spec.search}.items() if key not in cell.spec.set}
     best = {key: values[0] for key, values in words.items()}
-    for _ in words:
+    before = None
+    while best != before:
         before = dict(best)
         for key, values in list(words.items()):
             words[key], best[key] = best_of(key, values, best)
-        if best == before:
-            break
     chosen = all_of([best], study.seeds)
     others = [run for run in runs.values() if not any(run is other for other in chosen)]
     return [{**run, "chosen": True} for run in chosen] + [{**run, "chosen": False} for run in others]
@@ -280,6 +299,11 @@ def _line(study: Study, cell: Cell, run: dict[str, Any]) -> str:
     value = "diverged" if run["diverged"] else f"{run['results']['validation'][study.metric]:.4f}"
     words = ", ".join(f"{_short(key)}={value}" for key, value in run["set"].items())
     return f"{cell.name}  {words}  seed {run['seed']}: {value}  ({run['training_seconds']:.0f} s)"
+
+
+def _start_worker(threads: int) -> None:
+    end_with_parent()
+    torch.set_num_threads(threads)
 
 
 def _run(path: str, overrides: list[str], folder: str, smoke: bool, full: bool, **measures: bool) -> dict[str, Any]:

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from .figures import BLUE, GREY, VERMILION, log_ticks, natural, new_figure, save, whole_ticks
+from .figures import BLUE, GREY, VERMILION, gate_history, gate_map, log_ticks, new_figure, save, whole_ticks
 from .signal_figures import norm_curves, singular_value_histograms, toy_contours
+from .studies import METRICS
 from .study_results import UNITS
 from .toy_model import toy_landscape
 
@@ -36,8 +37,11 @@ def draw(result: dict[str, Any], folder: str | Path) -> list[Path]:
         drawn.append(bars(result, folder / "steps.png"))
     if across:
         drawn.append(depths(result, folder / "depths.png"))
-    if any(run["alpha"] for row in result["rows"] for run in row["runs"]):
-        drawn.append(gates(result, folder / "gates.png"))
+    for row in result["rows"]:
+        history = [{"event": "eval", **found} for found in row["runs"][0].get("alpha") or ()]
+        if gate_history(history) is not None:
+            name = ",".join([row["row"], *map(str, row["at"].values())])
+            drawn.append(gate_map(history, folder / f"gates_{name}.png"))
     signals = {row["label"]: {} for row in result["rows"] if row["runs"] and "signal" in row["runs"][0]}
     for row in result["rows"]:
         if row["label"] in signals:
@@ -83,8 +87,9 @@ def curves(result: dict[str, Any], path: str | Path) -> Path:
         ax.xaxis.set_major_locator(whole_ticks(5))
         ax.xaxis.set_major_formatter("{x:,.0f}")
         ax.grid(axis="y", color="#DDDDDD", linewidth=0.8)
-    # A row that goes nowhere would flatten all others.
-    log_ticks(axes[0], [value for value in shown if value <= 2.5 * min(shown)] or shown)
+    if METRICS[metric]:
+        # A row that goes nowhere would flatten all others.
+        log_ticks(axes[0], [value for value in shown if value <= 2.5 * min(shown)])
     axes[0].set_ylabel(f"validation, {UNITS[metric]}")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return save(figure, path)
@@ -104,6 +109,7 @@ def bars(result: dict[str, Any], path: str | Path) -> Path:
             ax.text(0, place, " diverged" if all(run["diverged"] for run in row["runs"]) else " never", va="center")
     ax.set_yticks(range(len(rows)), [row["label"] for row in rows])
     ax.set_xlabel(f"steps to {result['target']:.3g} {UNITS[result['metric']]}")
+    ax.xaxis.set_major_locator(whole_ticks(6))
     ax.xaxis.set_major_formatter("{x:,.0f}")
     return save(figure, path)
 
@@ -134,7 +140,7 @@ def depths(result: dict[str, Any], path: str | Path) -> Path:
     ax.set_xticks(range(len(values)), [str(value) for value in values])
     ax.set_xlabel(key)
     ax.set_ylabel(f"validation at the end, {UNITS[result['metric']]}")
-    if shown:
+    if shown and METRICS[result["metric"]]:
         # What goes nowhere would flatten all others: it leaves the picture at the top, with an arrow.
         cap = 2.5 * min(shown)
         log_ticks(ax, [value for value in shown if value <= cap])
@@ -143,24 +149,6 @@ def depths(result: dict[str, Any], path: str | Path) -> Path:
             place = ax.get_xaxis_transform()
             ax.plot(high, [0.9] * len(high), "^", color=line.get_color(), transform=place, markersize=7)
     ax.grid(axis="y", color="#DDDDDD", linewidth=0.8)
-    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-    return save(figure, path)
-
-
-def gates(result: dict[str, Any], path: str | Path) -> Path:
-    """Alpha at the end, layer by layer, of every gated row: one line a row, the first seed's."""
-    figure, ax = new_figure(4.2)
-    rows = [row for row in result["rows"] if row["runs"] and row["runs"][0].get("alpha")]
-    for number, row in enumerate(rows):
-        alpha = row["runs"][0]["alpha"]
-        values = [fmean(alpha[name]) for name in sorted(alpha, key=natural)]
-        label = ", ".join([row["label"], *map(str, row["at"].values())])
-        ax.plot(
-            np.linspace(0, 1, len(values)), values, color=COLOURS[number % len(COLOURS)], linewidth=1.6, label=label
-        )
-    ax.axhline(0, color=GREY, linewidth=0.8)
-    ax.set_xlabel("depth (0 is the first layer, 1 the last)")
-    ax.set_ylabel("gate alpha at the end")
     figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return save(figure, path)
 

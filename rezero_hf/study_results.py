@@ -12,8 +12,11 @@ from .verification import scrub
 
 CARD = """# {item}
 
-Mean and standard deviation over seeds, on validation data unless said otherwise. {tuning} What the paper or its authors'
-notebooks report is quoted and was not checked against the paper; it is of another size, so only the order of rows compares.
+Mean and standard deviation over seeds, on validation data unless said otherwise. Seconds are of training, on cores that
+other runs may have shared. What the paper or its authors' notebooks report is quoted and was not checked against the
+paper; it is of another size, so only the order of rows compares.
+
+{tuning}
 
 {table}
 
@@ -25,10 +28,10 @@ notebooks report is quoted and was not checked against the paper; it is of anoth
 
 Made from `model_cards/results/{source}` by `scripts/report.py`, like every number here.
 """
-TUNED = """Every row was tuned by the same rule on the first seed;
-"edge" marks a word whose best value is the last one tried."""
-NOT_TUNED = """Rows were not tuned, all have the same words but for what
-they are: this is not about where they end."""
+TUNED = (
+    'Every row was tuned by the same rule on the first seed; "edge" marks a word whose best value is the last tried.'
+)
+NOT_TUNED = "Rows were not tuned and have the same words but for what they are: this is not about where they end."
 UNITS = {"bits_per_byte": "bits per byte", "loss": "nats", "accuracy": "accuracy"}
 
 
@@ -51,15 +54,24 @@ def summarise(name: str, size: str, study: Study, runs: dict[str, list[dict[str,
     for row in rows:
         for run in row["runs"]:
             run["to_target"] = None if target is None else first_at(run["curve"], study.metric, target)
-    first = runs[cells[0].name][0]
-    about = {word: getattr(study, word) for word in ("item", "metric", "baseline", "seeds", "target_at", "toy")}
-    provenance = {word: first[word] for word in ("command", "versions", "git", "device", "recipe", "data")}
-    seconds = sum(run["training_seconds"] for cell in cells for run in runs[cell.name])
-    finished = max(run["finished"] for cell in cells for run in runs[cell.name])
-    return scrub(
-        {"name": name, "size": size, **about, **provenance, "finished": finished, "training_seconds": round(seconds)}
-        | {"complete": len(cells) == len(study.cells()), "target": target, "rows": rows}
-    )
+    every = [run for cell in cells for run in runs[cell.name]]
+    about = {
+        word: getattr(study, word) for word in ("item", "metric", "baseline", "seeds", "search", "target_at", "toy")
+    }
+    about |= {word: every[0][word] for word in ("command", "recipe", "data")}
+    # Runs of several sittings may differ in these.
+    about |= {word: _distinct(run[word] for run in every) for word in ("versions", "git", "device", "threads")}
+    result = {"name": name, "size": size, **about, "finished": max(run["finished"] for run in every)}
+    result["training_seconds"] = round(sum(run["training_seconds"] for run in every))
+    return scrub({**result, "complete": len(cells) == len(study.cells()), "target": target, "rows": rows})
+
+
+def _distinct(values: Iterable[Any]) -> list[Any]:
+    found = []
+    for value in values:
+        if value not in found:
+            found.append(value)
+    return found
 
 
 def first_at(curve: list[dict[str, Any]], metric: str, target: float) -> dict[str, float] | None:
@@ -69,7 +81,7 @@ def first_at(curve: list[dict[str, Any]], metric: str, target: float) -> dict[st
         `steps` and `seconds`; None if it never does.
     """
     sign = 1 if METRICS[metric] else -1
-    points = [point for point in curve if point.get(metric) is not None and math.isfinite(point[metric])]
+    points = _finite(curve, metric)
     for before, after in zip([points[0], *points] if points else [], points, strict=False):
         if sign * (after[metric] - target) <= 0:
             change = before[metric] - after[metric]
@@ -87,7 +99,12 @@ def study_table(result: dict[str, Any]) -> str:
     off, signal = (
         any(word in run for row in result["rows"] for run in row["runs"]) for word in ("gates_off", "signal")
     )
-    header += ["all alpha 0"] * off + ["chi at the start", "lost", "chi at the end", "lost"] * signal
+    header += ["all alpha 0", "seconds a step", "peak memory"] * off + [
+        "chi at the start",
+        "lost",
+        "chi at the end",
+        "lost",
+    ] * signal
     lines = [[*header, "tuned to"]]
     base = {_at(row): row for row in result["rows"] if row["row"] == result["baseline"]}
     for row in result["rows"]:
@@ -100,6 +117,8 @@ def study_table(result: dict[str, Any]) -> str:
         if off:
             without = [run["gates_off"].get(result["metric"]) for run in row["runs"] if run.get("gates_off")]
             cells.append(_spread(without, "{:.3f}") if without else "")
+            cells.append(f"{fmean(run['training_seconds'] / max(run['steps'], 1) for run in row['runs']):.2g}")
+            cells.append(f"{max(run['peak_memory_bytes'] for run in row['runs']) / 1e9:.2f} GB")
         if signal:
             cells += [text for moment in ("start", "end") for text in _spectrum(row, moment)]
         lines.append([*cells, _chosen(row)])
@@ -123,16 +142,17 @@ def study_card(result: dict[str, Any], figures: Sequence[str]) -> str:
         result: `summarise`'s.
         figures: names of pictures in the folder `figures` beside the page.
     """
-    versions = ", ".join(f"{package} {version}" for package, version in result["versions"].items() if version)
-    git = result["git"] or {"sha": "unknown", "dirty": False}
+    versions = ["; ".join(f"{package} {version}" for package, version in found.items()) for found in result["versions"]]
+    commits = [f"{git['sha'][:8]}{' with changes' if git['dirty'] else ''}" for git in result["git"] if git]
     facts = {
         "command": f"`{result['command']}`",
         "size": result["size"],
         "seeds": ", ".join(map(str, result["seeds"])),
-        "device": result["device"],
+        "device": "; ".join(result["device"]),
+        "threads of a run": ", ".join(map(str, result["threads"])),
         "training of all runs": f"{result['training_seconds'] / 3600:.1f} hours",
-        "versions": versions,
-        "commit": git["sha"][:8] + (" with changes" if git["dirty"] else ""),
+        "versions": " / ".join(versions),
+        "commits": ", ".join(commits) or "unknown",
     }
     pictures = "\n\n".join(f"![{name.partition('.')[0]}](figures/{name})" for name in figures)
     how = "\n".join(f"| {label} | {value} |" for label, value in facts.items())
@@ -167,14 +187,14 @@ def studies_table(results: Iterable[dict[str, Any]]) -> str:
             ours["reported"] or "",
             f"{_headline(result, ours)}{where}",
             "" if best is None else f"{_headline(result, best)} ({best['label']})",
-            f"{result['size']}, {len(result['seeds'])}, {result['device']}",
+            f"{result['size']}, {len(result['seeds'])}, {'; '.join(result['device'])}",
         ]
         lines.append(cells)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _headline(result: dict[str, Any], row: dict[str, Any]) -> str:
-    """What a study's line says of a row: signals where it is about them, else where it ends and how fast it gets there."""
+    """What a study's line says of a row: signals where it is about them, else where it ends and how soon."""
     if "signal" in row["runs"][0]:
         return ", ".join(f"chi {_spectrum(row, moment)[0]} at the {moment}" for moment in ("start", "end"))
     return f"{_values(row['runs'], 'value')} {UNITS[result['metric']]}{_reached(result, row)}"
@@ -198,16 +218,18 @@ def _row(study: Study, cell: Cell, runs: list[dict[str, Any]]) -> dict[str, Any]
     tried = [{"set": run["set"], "seed": run["seed"], "value": _value(run, study.metric)} for run in runs]
     inside = {}
     for key, value in best.items():
-        values = sorted({run["set"][key] for run in runs if isinstance(run["set"][key], int | float)})
+        beside = [run["set"] for run in runs if all(run["set"][other] == best[other] for other in best if other != key)]
+        values = sorted({words[key] for words in beside if isinstance(words[key], int | float)})
         if len(values) > 1:
             inside[key] = values[0] < value < values[-1]
-    kept = ("seed", "parameters", "steps", "flops", "training_seconds", "peak_memory_bytes", "diverged", "alpha")
-    kept += ("signal", "gates_off")
+    kept = ("seed", "parameters", "steps", "flops", "training_seconds", "peak_memory_bytes", "diverged")
+    kept += ("signal", "gates_off", "threads")
     return {
         "row": cell.row,
         "label": cell.spec.label,
         "reported": cell.spec.reported,
         "at": cell.at,
+        "set": cell.spec.set,
         "chosen": best,
         "inside": inside,
         "tried": tried,
@@ -215,6 +237,7 @@ def _row(study: Study, cell: Cell, runs: list[dict[str, Any]]) -> dict[str, Any]
             {word: run[word] for word in kept if word in run}
             | {"value": _value(run, study.metric), "test": _value(run, study.metric, "test")}
             | {"curve": [{word: point[word] for word in CURVE if word in point} for point in run["curve"]]}
+            | ({"alpha": run["alpha"]} if run["seed"] == study.seeds[0] else {})
             for run in chosen
         ],
     }
@@ -231,9 +254,13 @@ def _target(study: Study, rows: list[dict[str, Any]]) -> float | None:
     if study.target_at is None or base is None:
         return study.target
     at = study.target_at * max(run["steps"] for run in base["runs"])
-    curves = [[point for point in run["curve"] if study.metric in point] for run in base["runs"] if not run["diverged"]]
+    curves = [_finite(run["curve"], study.metric) for run in base["runs"] if not run["diverged"]]
     values = [_at_step(curve, study.metric, at) for curve in curves if curve]
     return fmean(values) if values else None
+
+
+def _finite(curve: list[dict[str, Any]], metric: str) -> list[dict[str, Any]]:
+    return [point for point in curve if point.get(metric) is not None and math.isfinite(point[metric])]
 
 
 def _at_step(curve: list[dict[str, Any]], metric: str, step: float) -> float:

@@ -36,7 +36,8 @@ def main(
     for folder in runs or ():
         study = (folder / "result.json").exists()
         record = collect_study(folder) if study else collect(folder)
-        name = record["name"] if study else f"{record['name']}-seed{record['seed']}"
+        size = f"-{record['size']}" if study and record["size"] != "cpu" else ""
+        name = record["name"] + size if study else f"{record['name']}-seed{record['seed']}"
         (results / f"{name}.json").write_text(json.dumps(record, indent=None if study else 1) + "\n", encoding="utf-8")
         # The card and its pictures keep their places relative to each other.
         card, source = CARDS / name, folder if study else folder / "model"
@@ -49,8 +50,8 @@ def main(
         print(f"{folder} -> {results / name}.json, {card}")
     records, studies = committed(results)
     for result in studies:
-        card = CARDS / result["name"]
-        figures = sorted(path.name for path in (card / "figures").iterdir())
+        card = CARDS / (result["name"] + ("" if result["size"] == "cpu" else f"-{result['size']}"))
+        figures = sorted(path.name for path in (card / "figures").glob("*.png"))
         (card / "README.md").write_text(study_card(result, figures), encoding="utf-8")
     for name in {record["name"] for record in records}:
         recipe = Path("scripts/recipes") / f"{name}.yaml"

@@ -7,9 +7,11 @@ What was stopped goes on with the same command: finished runs are kept.
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 from rezero_hf.cli import run
@@ -35,24 +37,26 @@ def main(
 ):
     if full and smoke:
         raise UserError("--full and --smoke are two sizes; choose one")
-    study = load_study(recipe)
+    size = "full" if full else "smoke" if smoke else "cpu"
+    study = load_study(recipe, size)
     if only is not None:
         check_names([only], study.rows, f"{recipe}: --only: row")
-    size = "full" if full else "smoke" if smoke else "cpu"
     plan = load_recipe(recipe, overrides or (), smoke, full)
     output = output or Path("runs") / (plan.name if size == "cpu" else f"{plan.name}-{size}")
     if jobs is None:
-        jobs = 1 if full else cores()
+        jobs = 1 if torch.accelerator.is_available() else cores()
     study = study.smallest() if smoke else study
     words = {"only": only, "overrides": tuple(overrides or ()), "smoke": smoke, "full": full, "jobs": jobs}
     runs = run_study(recipe, study, output, **words)
     result = summarise(plan.name, size, study, runs)
     print(study_table(result))
+    if only is not None:
+        return
+    shutil.rmtree(output / "figures", ignore_errors=True)
     (output / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for picture in draw(result, output / "figures"):
         print(picture)
-    if only is None:
-        print(f"commit it with: python scripts/report.py {output}")
+    print(f"commit it with: python scripts/report.py {output}")
 
 
 if __name__ == "__main__":

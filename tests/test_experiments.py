@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -61,7 +62,7 @@ def test_a_row_of_a_committed_study_runs_small(path, cell, data, tmp_path):
 
 
 def test_a_record_says_everything_and_a_finished_run_is_not_repeated(recipe, tmp_path):
-    """Curve, results by split, cost and provenance; the same again is read, another recipe is run anew."""
+    """Curve, results by split, cost and provenance; the same again is read, and is not overwritten by another recipe."""
     first = run_experiment(load_recipe(recipe), tmp_path / "run", gates_off=True)
     assert [point["step"] for point in first["curve"]] == [2, 4, 6]
     assert set(first["results"]) == {"train", "validation", "test"}
@@ -70,11 +71,11 @@ def test_a_record_says_everything_and_a_finished_run_is_not_repeated(recipe, tmp
     assert first["flops"] == 6 * 16 * 3 * 2 * (64 * 8 + 3 * 64 + 8 * 10)
     assert {"versions", "git", "device", "command", "started", "finished", "data", "peak_memory_bytes"} <= set(first)
     assert first["gates_off"]["loss"] != first["results"]["validation"]["loss"]
-    again = run_experiment(load_recipe(recipe), tmp_path / "run")
+    assert [found["step"] for found in first["alpha"]] == [2, 4, 6]
+    again = run_experiment(load_recipe(recipe, ["training.logging_steps=7"]), tmp_path / "run")
     assert again == first
-    other = run_experiment(load_recipe(recipe, ["training.seed=1"]), tmp_path / "run")
-    assert other["results"] != first["results"]
-    assert "gates_off" not in other
+    with pytest.raises(UserError, match=r"finished run with other words \(training\.seed: 42 -> 1\)"):
+        run_experiment(load_recipe(recipe, ["training.seed=1"]), tmp_path / "run")
 
 
 def test_an_interrupted_run_goes_on_from_its_checkpoint(recipe, tmp_path, monkeypatch):
@@ -102,6 +103,23 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(recipe, tmp_path, monkey
     assert run["results"] == expected["results"]
     measured = [[(point["step"], point["loss"]) for point in record["curve"]] for record in (run, expected)]
     assert measured[0] == measured[1]
+
+
+def test_a_run_told_to_stop_is_not_finished(recipe, tmp_path, monkeypatch):
+    """SIGTERM in step 3 leaves no result but a checkpoint; the same again goes on and ends like one left alone."""
+    expected = run_experiment(load_recipe(recipe), tmp_path / "whole")
+
+    def stop(trainer, *args, **kwargs):
+        if trainer.state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return training_step(trainer, *args, **kwargs)
+
+    training_step = ReZeroTrainer.training_step
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="told to stop at step 3"):
+        patch.setattr(ReZeroTrainer, "training_step", stop)
+        run_experiment(load_recipe(recipe), tmp_path / "run")
+    assert not (tmp_path / "run" / "run.json").exists()
+    assert run_experiment(load_recipe(recipe), tmp_path / "run")["results"] == expected["results"]
 
 
 def test_a_run_that_diverges_is_a_result(recipe, tmp_path):
@@ -142,14 +160,15 @@ def test_the_script_runs_tunes_draws_and_goes_on(recipe, tmp_path):
     assert all(len(row["runs"]) == 2 and len(row["tried"]) == 3 for row in result["rows"])
     assert str(tmp_path) not in json.dumps(result)
     pictures = {path.name for path in (tmp_path / "runs" / "figures").iterdir()}
-    assert pictures == {"curves.png", "steps.png", "gates.png"}
+    assert pictures == {"curves.png", "steps.png", "gates_rezero.png"}
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("run.json")}
     assert len(before) == 6
     done, again = reproduce(f"data.cache_dir={tmp_path / 'cache'}", "--only", "rezero")
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("run.json")} == before
     ours, theirs = ([line for line in shown if line.startswith("| rezero")] for shown in (again, lines))
-    # Without the baseline's row there is no target.
+    # Without the baseline's row there is no target; nor does a part replace the whole.
     assert ours[0].split(" | ")[:4] == theirs[0].split(" | ")[:4]
+    assert json.loads((tmp_path / "runs" / "result.json").read_text()) == result
 
 
 def test_an_image_recipe_is_not_for_the_pretraining_script(recipe):

@@ -94,12 +94,13 @@ def test_the_readmes_tables_are_made_from_the_committed_records():
 def test_a_studys_page_is_made_from_its_committed_result():
     """And the result has every row of the recipe as it is now."""
     for result in committed(ROOT / "model_cards" / "results")[1]:
-        card = ROOT / "model_cards" / result["name"]
-        figures = sorted(path.name for path in (card / "figures").iterdir())
+        card = ROOT / "model_cards" / (result["name"] + ("" if result["size"] == "cpu" else f"-{result['size']}"))
+        figures = sorted(path.name for path in (card / "figures").glob("*.png"))
         assert (card / "README.md").read_text() == study_card(result, figures)
-        study = load_study(ROOT / "scripts" / "recipes" / f"{result['name']}.yaml")
-        assert [(row["row"], row["at"]) for row in result["rows"]] == [(cell.row, cell.at) for cell in study.cells()]
-        assert result["seeds"] == study.seeds
+        study = load_study(ROOT / "scripts" / "recipes" / f"{result['name']}.yaml", result["size"])
+        rows = [(row["row"], row["set"], row["at"]) for row in result["rows"]]
+        assert rows == [(cell.row, cell.spec.set, cell.at) for cell in study.cells()]
+        assert (result["seeds"], result["search"]) == (study.seeds, study.search)
 
 
 def test_a_study_that_is_no_result_is_refused(tmp_path):

@@ -4,9 +4,11 @@ from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
+from rezero_hf.errors import UserError
 from rezero_hf.recipe import RecipeError, load_recipe
-from rezero_hf.studies import Cell, Row, Study, load_study, tune
+from rezero_hf.studies import Cell, Row, Study, load_study, run_study, tune
 from rezero_hf.study_results import first_at, study_table, summarise
 
 
@@ -22,7 +24,14 @@ def record(value, seed, diverged=None, seconds=10.0):
         for step in (0, 25, 50, 75, 100)
     ]
     results = {split: {"bits_per_byte": value} for split in ("validation", "test")}
-    run = {"seed": seed, "diverged": diverged, "results": {} if diverged else results, "curve": curve, "alpha": {}}
+    run = {
+        "seed": seed,
+        "diverged": diverged,
+        "results": {} if diverged else results,
+        "curve": curve,
+        "alpha": [],
+        "threads": 1,
+    }
     run |= {"training_seconds": seconds, "steps": 100, "parameters": 7, "flops": 9, "finished": "2026-01-01"}
     return run | {
         "command": "reproduce.py x",
@@ -68,15 +77,25 @@ def test_where_every_rate_diverges_lower_ones_are_tried_and_the_limit_is_kept():
 
 def test_words_are_tuned_at_each_others_best():
     """The rate is bracketed again at the warm-up that was chosen, where another one is best."""
-    study = Study("item", {}, search={RATE: [0.001, 0.002, 0.004]}, seeds=[0])
+    study = Study("item", {"row": Row("row")}, search={RATE: [0.001, 0.002, 0.004], WARMUP: [10, 20]}, seeds=[0])
 
     def value(setting, seed):
         best = 0.002 if setting[WARMUP] == 10 else 0.004
         return 2 + abs(setting[RATE] - best) * 10 - (setting[WARMUP] == 20) * 0.1
 
-    runs, _ = tuned(study, Row("row", search={WARMUP: [10, 20]}), value)
+    runs, _ = tuned(study, Row("row"), value)
     assert runs[0]["set"] == {RATE: 0.004, WARMUP: 20}
     assert any(run["set"][RATE] > 0.004 and run["set"][WARMUP] == 20 for run in runs)
+    assert summarise("demo", "cpu", study, {"row": runs})["rows"][0]["inside"] == {RATE: True, WARMUP: True}
+    # Bracketed is what lies between two others at the same warm-up: higher rates at another do not count.
+    fewer = [run for run in runs if run["set"] != {RATE: 0.008, WARMUP: 20}]
+    assert summarise("demo", "cpu", study, {"row": fewer})["rows"][0]["inside"] == {RATE: False, WARMUP: True}
+
+
+def test_a_word_that_makes_the_row_is_not_tuned():
+    study = Study("item", {}, search={RATE: [0.001, 0.002], WARMUP: [0, 10]}, seeds=[0], extend=0)
+    _, started = tuned(study, Row("row", set={WARMUP: 0}), lambda setting, seed: setting[RATE])
+    assert [setting for setting, _ in started] == [{RATE: 0.001}, {RATE: 0.002}]
 
 
 def test_a_table_shows_spread_targets_edges_and_divergence():
@@ -99,6 +118,20 @@ def test_a_table_shows_spread_targets_edges_and_divergence():
     assert lines[4].count("diverged") == 2
 
 
+def test_what_a_study_varies_cannot_be_overridden(tmp_path):
+    """A seed, a word that is tuned and one that makes a row, over all rows, would make them the same."""
+    (recipe,) = (path for path in STUDIES if path.stem == "mlp_depth")
+    for word in ("training.seed=1", "training.learning_rate=0.1", "model.residual=plain"):
+        with pytest.raises(RecipeError, match="is what the study varies"):
+            run_study(recipe, load_study(recipe), tmp_path / "runs", overrides=(word,))
+
+
+def test_two_studies_do_not_run_into_one_folder(tmp_path):
+    (recipe,) = (path for path in STUDIES if path.stem == "mlp_depth")
+    with FileLock(tmp_path / ".runs.lock"), pytest.raises(UserError, match="a study is being run there"):
+        run_study(recipe, load_study(recipe), tmp_path / "runs")
+
+
 def test_a_target_is_read_between_two_evaluations():
     curve = record(2.0, 0)["curve"]
     assert first_at(curve, "bits_per_byte", 3.25) == {"steps": 37.5, "seconds": 3.75}
@@ -116,10 +149,12 @@ def test_a_committed_study_is_fair_by_its_words(recipe):
     study = load_study(recipe)
     for row in study.rows.values():
         for key in row.set:
-            assert key.startswith(("model.", "training.gate_lr_")), f"{recipe}: {key}"
-        assert set(row.search) <= {WARMUP, "training.gate_lr_multiplier"}
-    if "\nfull:" in recipe.read_text():
-        load_recipe(recipe, full=True)
+            assert key.startswith(("model.", "training.gate_lr_")) or (key, row.set[key]) == (WARMUP, 0), key
+        assert set(row.search) <= {"training.gate_lr_multiplier"}
+    for size in ("full", "smoke"):
+        if f"\n{size}:" in recipe.read_text():
+            load_study(recipe, size)
+            load_recipe(recipe, **{size: True})
 
 
 @pytest.mark.parametrize(
