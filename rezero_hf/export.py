@@ -22,7 +22,8 @@ from .errors import UserError
 from .figures import gate_history, gate_map, loss_curve
 from .hub import render_card
 from .runs import read_metrics
-from .verification import CheckpointError, scrub, verify_folder
+from .traces import scrub
+from .verification import CheckpointError, verify_folder
 
 
 logger = logging.getLogger(__name__)

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 
 from .errors import UserError
 from .figures import gate_history
+from .markdown import duration, fenced, flat, join, number, quoted, table
 from .models.residual import RESIDUAL_FORMS
 
 
@@ -105,20 +106,20 @@ def render_card(
         unfinished=run.get("unfinished"),
         depth=config.num_hidden_layers,
         parameters=f"{run['parameters']:,}" if run.get("parameters") else None,
-        sources=_join(SOURCES.get(source, {}).get("title", f"`{source}`") for source in sources),
+        sources=join(SOURCES.get(source, {}).get("title", f"`{source}`") for source in sources),
         difference=_difference(config),
         gated=form.has_gate,
         gate_summary=_gate_summary(metrics or []),
-        architecture=_table(("part", "value"), _architecture(config)),
+        architecture=table(("part", "value"), _architecture(config)),
         results=_results(run),
         figures=[{"path": path, "text": FIGURES.get(path, path)} for path in figures],
         repo_id=repo_id or REPO_PLACEHOLDER,
         placeholder=repo_id is None,
-        prompt=_quoted(known[0]["prompt"] if known else "The "),
-        data=_table(("data", "value"), _flat(data)),
+        prompt=quoted(known[0]["prompt"] if known else "The "),
+        data=table(("data", "value"), flat(data)),
         licences="\n".join(f"Licence of {entry['title']}: {entry['licence']}." for entry in known),
-        training=_table(("training", "value"), _training(run)),
-        recipe=_fenced(recipe_text, "yaml") if recipe_text else None,
+        training=table(("training", "value"), _training(run)),
+        recipe=fenced(recipe_text, "yaml") if recipe_text else None,
         risks=[entry["risk"] for entry in known],
         licence=_licence(license, known, sources),
         user_section=_user_section(previous),
@@ -184,7 +185,7 @@ def _difference(config: PreTrainedConfig) -> str:
         text += " ([ReZero is All You Need](https://arxiv.org/abs/2003.04887)). "
     else:
         text += "This is a baseline for [ReZero](https://arxiv.org/abs/2003.04887): it has no gates. "
-    return text + (f"Norms: {_join(norms)}." if norms else "There is no normalisation layer anywhere.")
+    return text + (f"Norms: {join(norms)}." if norms else "There is no normalisation layer anywhere.")
 
 
 def _gate_summary(metrics: Sequence[dict]) -> str | None:
@@ -222,7 +223,7 @@ def _architecture(config: PreTrainedConfig) -> dict[str, str]:
         "context": f"{config.max_position_embeddings} tokens",
         "vocabulary": str(config.vocab_size),
         "output layer": "tied to the embedding" if config.tie_word_embeddings else "its own",
-        "dropout": _join(f"{place} {value:g}" for place, value in dropouts.items() if value) or "none",
+        "dropout": join(f"{place} {value:g}" for place, value in dropouts.items() if value) or "none",
     }
 
 
@@ -233,7 +234,7 @@ def _training(run: Mapping[str, Any]) -> dict[str, str]:
     rows = {
         "hardware": run.get("device"),
         "processes": str(world) if world and world > 1 else None,
-        "wall time": _duration(run.get("wall_seconds")),
+        "wall time": duration(run.get("wall_seconds")),
         "tokens seen": f"{run['tokens']:,}" if run.get("tokens") else None,
         "started": run.get("started"),
         "command": f"`{run['command']}`" if run.get("command") else None,
@@ -259,8 +260,8 @@ def _splits(run: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 def _results(run: Mapping[str, Any]) -> str | None:
     splits = _splits(run)
     columns = list(dict.fromkeys(metric for measured in splits.values() for metric in measured))
-    rows = [[split, *(_number(measured.get(metric)) for metric in columns)] for split, measured in splits.items()]
-    return _table(("split", *(METRICS.get(metric, metric.replace("_", " ")) for metric in columns)), rows)
+    rows = [[split, *(number(measured.get(metric)) for metric in columns)] for split, measured in splits.items()]
+    return table(("split", *(METRICS.get(metric, metric.replace("_", " ")) for metric in columns)), rows)
 
 
 def _eval_results(run: Mapping[str, Any], sources: list[str]) -> list[EvalResult]:
@@ -291,66 +292,3 @@ def _licence(license: str, known: list[dict], sources: list[str]) -> str:
     if len(known) < len(sources) or not sources:
         text += " The licence of the training text was not recorded: check it before you build on the model."
     return text
-
-
-def _number(value: float | int | None) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:.4f}" if math.isfinite(value) else "not finite (diverged)"
-
-
-def _duration(seconds: float | None) -> str | None:
-    if not seconds:
-        return None
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-
-
-def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """A nested record as rows of words and values; what is None or empty is left out."""
-    rows = {}
-    for key, value in data.items():
-        label = f"{prefix} {key}".strip().replace("_", " ")
-        if isinstance(value, Mapping):
-            rows |= _flat(value, label)
-        elif isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value):
-            for number, item in enumerate(value, start=1):
-                rows |= _flat(item if isinstance(item, Mapping) else {"": item}, f"{label} {number}")
-        elif isinstance(value, bool):
-            rows[label] = "yes" if value else "no"
-        elif isinstance(value, int):
-            rows[label] = f"{value:,}"
-        elif isinstance(value, list | tuple) and value:
-            rows[label] = ", ".join(map(str, value))
-        elif value not in (None, "", [], ()):
-            rows[label] = str(value)
-    return rows
-
-
-def _table(header: Sequence[str], rows: Mapping[str, str] | Sequence[Sequence[str]]) -> str | None:
-    """A Markdown table, or None when there is nothing in it."""
-    rows = list(rows.items()) if isinstance(rows, Mapping) else rows
-    if not rows:
-        return None
-    lines = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in (header, *rows)]
-    lines.insert(1, ["---"] * len(header))
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def _join(items: Iterable[str]) -> str:
-    return "; ".join(items)
-
-
-def _quoted(text: str) -> str:
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
-
-
-def _fenced(text: str, language: str) -> str:
-    """A code block whose fence is longer than any run of backticks inside it."""
-    fence = "```"
-    while fence in text:
-        fence += "`"
-    return f"{fence}{language}\n{text.rstrip()}\n{fence}"

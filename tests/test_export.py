@@ -20,7 +20,8 @@ from rezero_hf.errors import UserError
 from rezero_hf.export import export_folder, rescue
 from rezero_hf.hub import USER_SECTION
 from rezero_hf.models import ReZeroConfig, ReZeroForCausalLM
-from rezero_hf.verification import CheckpointError, scrub, verify_folder
+from rezero_hf.traces import scrub
+from rezero_hf.verification import CheckpointError, verify_folder
 
 
 RUN = {
