@@ -18,7 +18,10 @@ NAMES_OF_NOBODY = {
     "root", "user", "admin", "test", "tests", "ubuntu", "debian", "runner", "docker", "nobody", "jovyan", "localhost",
     "node", "server", "worker", "data", "model", "train", "training", "python", "torch", "rezero", "alpha", "main",
 }  # fmt: skip
-OWN_WORDS = {"README.md", "recipe.yaml", "config.json", "generation_config.json", "tokenizer_config.json"}
+OWN_WORDS = {
+    *("README.md", "recipe.yaml", "config.json", "generation_config.json"),
+    *("tokenizer_config.json", "preprocessor_config.json"),
+}
 PERSONAL_KEYS = {"user", "username", "login", "host", "hostname", "node", "nodename", "fqdn", "cwd", "home"}
 
 

@@ -7,11 +7,13 @@ import sys
 from fnmatch import fnmatch
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 from huggingface_hub import ModelCard
+from PIL import Image
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
 from .errors import UserError
@@ -39,8 +41,8 @@ def verify_folder(folder: str | Path) -> None:
     """Check that a folder is complete, loads, and tells nothing about who made it. None of its code is run.
 
     Checked: the code that `auto_map` names, with everything it imports; the weights, by name, shape and finiteness,
-    against the model the configuration describes; tokenizer and vocabulary; the card, its metadata and its pictures;
-    no pickles, no optimiser states; no tokens, absolute paths, host or user names in its text.
+    against the model the configuration describes; tokenizer and vocabulary, or image processor; the card, its metadata
+    and its pictures; no pickles, no optimiser states; no tokens, absolute paths, host or user names in its text.
 
     Args:
         folder: A folder as `export_folder` writes it.
@@ -128,7 +130,7 @@ def _check_code(folder: Path, config: dict) -> list[str]:
 
 
 def _check_model(folder: Path, raw: dict) -> list[str]:
-    """The weights against the model the configuration describes, and the tokenizer against both."""
+    """The weights against the model the configuration describes, and what makes its inputs against it."""
     problems: list[str] = []
     stored = _stored_tensors(folder, problems)
     try:
@@ -144,9 +146,10 @@ def _check_model(folder: Path, raw: dict) -> list[str]:
     # Whatever a configuration can be wrong about, down to an error inside the model, is one problem of the folder.
     except Exception as error:
         return [*problems, f"config.json: describes no model that this version can build ({_line(error)})"]
-    if config.get_text_config().use_cache is False:
+    if model.can_generate() and config.get_text_config().use_cache is False:
         problems.append("config.json: use_cache is false; generation would be slow for every user")
-    problems += _check_tokenizer(folder, config.vocab_size)
+    takes_images = model.main_input_name == "pixel_values"
+    problems += _check_image_processor(folder, config) if takes_images else _check_tokenizer(folder, model)
 
     if stored is None:
         return problems
@@ -191,16 +194,36 @@ def _stored_tensors(folder: Path, problems: list[str]) -> dict[str, tuple[int, .
     return shapes
 
 
-def _check_tokenizer(folder: Path, vocab_size: int) -> list[str]:
+def _check_image_processor(folder: Path, config: PreTrainedConfig) -> list[str]:
+    """What it makes of a picture has the shape that the model takes."""
+    try:
+        processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        return [f"image processor: cannot be loaded ({_line(error)})"]
+    channels, size = config.num_channels, getattr(config, "image_size", None)
+    try:
+        # PIL has a mode for 1 to 4 channels; grey pictures have no axis for them.
+        picture = Image.fromarray(np.zeros((40, 50) if channels == 1 else (40, 50, channels), np.uint8))
+        made = tuple(processor(picture, return_tensors="pt").pixel_values.shape)
+    except Exception as error:
+        return [f"image processor: cannot process a picture of {channels} channel(s) ({_line(error)})"]
+    # A convolutional net has no image_size: it takes any.
+    taken = (1, channels, *(made[2:] if size is None else (size, size)))
+    return [f"image processor: makes {made} of a picture, the model takes {taken}"] if made != taken else []
+
+
+def _check_tokenizer(folder: Path, model: PreTrainedModel) -> list[str]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     # Missing and damaged files show as almost any exception.
     except Exception as error:
         return [f"tokenizer: cannot be loaded ({_line(error)})"]
-    problems = []
+    problems, vocab_size = [], model.config.vocab_size
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest >= vocab_size:
         problems.append(f"tokenizer: has token id {largest}, beyond the model's vocab_size {vocab_size}")
+    if not model.can_generate():
+        return problems
     generation = _read_json(folder, "generation_config.json", problems) or {}
     for name in ("eos_token_id", "pad_token_id"):
         ours, theirs = generation.get(name), getattr(tokenizer, name)
