@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, set_seed
 
 from .arguments import ReZeroTrainingArguments, sequences_per_step
+from .checkpoints import newest_complete
 from .data import EvalBlocks, TrainBlocks, held_out_blocks, prepare
 from .diagnostics import signal_record
 from .durable import write_whole
@@ -61,7 +62,8 @@ def run_experiment(recipe: Recipe, folder: str | Path, signal: bool = False, gat
     Args:
         recipe: of any family. `training.seed` decides initial weights and the order of the data, the same for every
             form of a model.
-        folder: of this run; a finished one of the same recipe is returned as it is, anything else there replaced.
+        folder: of this run. A finished one of the same recipe is returned as it is, an interrupted one with checkpoints
+            gone on with, anything else there replaced.
         signal: also record how signals and gradients travel through the net, at the start and at the end
             (`diagnostics.signal_record`).
         gates_off: also measure the trained model with every alpha at 0, on validation data.
@@ -83,15 +85,17 @@ def run_experiment(recipe: Recipe, folder: str | Path, signal: bool = False, gat
     known = _finished(folder, setting.resolved, {"signal": signal, "gates_off": gates_off})
     if known is not None:
         return known
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    resumes = _is_interrupted(folder, setting.resolved)
+    if not resumes:
+        shutil.rmtree(folder, ignore_errors=True)
+        write_whole(folder / "recipe.yaml", setting.resolved)
 
     model, diverged = setting.model, None
     trainer = ReZeroTrainer(model, args, run_dir=folder, **setting.words)
     probe = trainer.data_collator([trainer.train_dataset[row] for row in range(SIGNAL_ROWS)])
     signals = {"start": signal_record(model, probe)} if signal else {}
     try:
-        trainer.train()
+        trainer.train(resume_from_checkpoint=resumes)
     except NotFiniteError as error:
         diverged = str(error)
     if signal and diverged is None:
@@ -130,6 +134,13 @@ def _finished(folder: Path, resolved: str, asked: dict[str, bool]) -> dict[str, 
         return None
     measured = all(name in known for name, wanted in asked.items() if wanted)
     return known if measured and known["recipe"] == resolved else None
+
+
+def _is_interrupted(folder: Path, resolved: str) -> bool:
+    """Whether the folder holds this run, stopped on the way, with a checkpoint to go on from."""
+    written = folder / "recipe.yaml"
+    same = written.exists() and written.read_text(encoding="utf-8") == resolved
+    return same and newest_complete(folder / "checkpoints")[0] is not None
 
 
 def _text(recipe: Recipe, args: ReZeroTrainingArguments) -> _Setting:

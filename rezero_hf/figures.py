@@ -250,7 +250,7 @@ def _short(value: float, _position: int | None = None) -> str:
 
 def log_ticks(axes, values: list[float]) -> None:
     """A logarithmic axis, on which the long tail of training stays visible, with plain numbers on it."""
-    from matplotlib.ticker import FixedLocator, FormatStrFormatter, NullLocator
+    from matplotlib.ticker import FixedLocator, FormatStrFormatter, MaxNLocator, NullLocator
 
     low, high = min(values), max(values)
     if low <= 0:
@@ -261,6 +261,9 @@ def log_ticks(axes, values: list[float]) -> None:
     # Over several powers of ten the fine steps would run into each other.
     steps = TICK_STEPS if high < 10 * low else (1, 2, 5) if high < 1000 * low else (1,)
     ticks = [step * 10.0**decade for decade in decades for step in steps]
+    if sum(low <= tick <= high for tick in ticks) < 3:
+        # Within so small a range round numbers are evenly spaced.
+        ticks = MaxNLocator(6).tick_values(low, high)
     axes.yaxis.set_major_locator(FixedLocator(ticks))
     axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
     axes.yaxis.set_minor_locator(NullLocator())

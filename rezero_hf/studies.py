@@ -9,6 +9,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing import get_context
@@ -17,7 +18,9 @@ from typing import Any, Literal
 
 import torch
 import yaml
+from filelock import FileLock, Timeout
 
+from .errors import UserError
 from .experiments import run_experiment
 from .recipe import SECTIONS, load_recipe, read_yaml
 from .strict import RecipeError, check_names, checked
@@ -170,12 +173,13 @@ def run_study(
         first, marked `chosen`, in the order of seeds.
 
     Raises:
-        UserError: a recipe cannot be run.
+        UserError: a recipe cannot be run, or another process runs a study in the same folder.
     """
     cells = [cell for cell in study.cells() if only in (None, cell.row)]
     threads = max(1, torch.get_num_threads() // jobs)
     words = {"smoke": smoke, "full": full, "signal": study.signal, "gates_off": study.gates_off}
     with (
+        _alone_in(Path(folder)),
         ProcessPoolExecutor(jobs, get_context("spawn"), initializer=torch.set_num_threads, initargs=(threads,)) as pool,
         # A thread a cell only waits.
         ThreadPoolExecutor(len(cells)) as tuners,
@@ -193,6 +197,18 @@ def run_study(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Two studies that run into one folder would delete each other's unfinished runs."""
+    folder = folder.absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0):
+            yield
+    except Timeout:
+        raise UserError(f"{folder}: a study is being run there; wait for it, or choose another --output.") from None
 
 
 def tune(

@@ -135,7 +135,13 @@ def depths(result: dict[str, Any], path: str | Path) -> Path:
     ax.set_xlabel(key)
     ax.set_ylabel(f"validation at the end, {UNITS[result['metric']]}")
     if shown:
-        log_ticks(ax, shown)
+        # What goes nowhere would flatten all others: it leaves the picture at the top, with an arrow.
+        cap = 2.5 * min(shown)
+        log_ticks(ax, [value for value in shown if value <= cap])
+        for line in ax.get_lines():
+            high = [x for x, y in zip(*line.get_data(), strict=True) if y > cap]
+            place = ax.get_xaxis_transform()
+            ax.plot(high, [0.9] * len(high), "^", color=line.get_color(), transform=place, markersize=7)
     ax.grid(axis="y", color="#DDDDDD", linewidth=0.8)
     figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return save(figure, path)

@@ -12,9 +12,8 @@ from .traces import scrub
 
 CARD = """# {item}
 
-Mean and standard deviation over seeds, on validation data unless said otherwise. Every row was tuned by the same rule
-on the first seed; "edge" marks a word whose best value is the last one tried. What the paper or its authors' notebooks
-report is quoted and was not checked against the paper; it is of another size, so only the order of rows compares.
+Mean and standard deviation over seeds, on validation data unless said otherwise. {tuning} What the paper or its authors'
+notebooks report is quoted and was not checked against the paper; it is of another size, so only the order of rows compares.
 
 {table}
 
@@ -26,6 +25,10 @@ report is quoted and was not checked against the paper; it is of another size, s
 
 Made from `model_cards/results/{source}` by `scripts/report.py`, like every number here.
 """
+TUNED = """Every row was tuned by the same rule on the first seed;
+"edge" marks a word whose best value is the last one tried."""
+NOT_TUNED = """Rows were not tuned, all have the same words but for what
+they are: this is not about where they end."""
 UNITS = {"bits_per_byte": "bits per byte", "loss": "nats", "accuracy": "accuracy"}
 
 
@@ -81,8 +84,11 @@ def study_table(result: dict[str, Any]) -> str:
     unit, aimed = UNITS[result["metric"]], result["target"] is not None
     header = ["row", "reported", f"validation ({unit})", "test", "seconds"]
     header[4:4] = [f"steps to {result['target']:.3g}", "speed-up", "seconds to it"] if aimed else []
-    off = any("gates_off" in run for row in result["rows"] for run in row["runs"])
-    lines = [[*header, *(["all alpha 0"] if off else []), "tuned to"]]
+    off, signal = (
+        any(word in run for row in result["rows"] for run in row["runs"]) for word in ("gates_off", "signal")
+    )
+    header += ["all alpha 0"] * off + ["chi at the start", "lost", "chi at the end", "lost"] * signal
+    lines = [[*header, "tuned to"]]
     base = {_at(row): row for row in result["rows"] if row["row"] == result["baseline"]}
     for row in result["rows"]:
         finished = [run for run in row["runs"] if not run["diverged"]]
@@ -94,9 +100,20 @@ def study_table(result: dict[str, Any]) -> str:
         if off:
             without = [run["gates_off"].get(result["metric"]) for run in row["runs"] if run.get("gates_off")]
             cells.append(_spread(without, "{:.3f}") if without else "")
+        if signal:
+            cells += [text for moment in ("start", "end") for text in _spectrum(row, moment)]
         lines.append([*cells, _chosen(row)])
     lines.insert(1, ["---"] * len(lines[0]))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _spectrum(row: dict[str, Any], moment: str) -> tuple[str, str]:
+    """Mean squared singular value of the first seed's input-output Jacobian, and the share of them that is 0."""
+    found = row["runs"][0].get("signal", {}).get(moment)
+    if found is None:
+        return "", ""
+    chi, lost = found["jacobian"]["chi"], found["jacobian"].get("share_zero")
+    return "not finite" if chi is None else f"{chi:.3g}", "" if lost is None else f"{lost:.0%}"
 
 
 def study_card(result: dict[str, Any], figures: Sequence[str]) -> str:
@@ -119,8 +136,14 @@ def study_card(result: dict[str, Any], figures: Sequence[str]) -> str:
     }
     pictures = "\n\n".join(f"![{name.partition('.')[0]}](figures/{name})" for name in figures)
     how = "\n".join(f"| {label} | {value} |" for label, value in facts.items())
+    tuning = TUNED if any(row["chosen"] for row in result["rows"]) else NOT_TUNED
     return CARD.format(
-        item=result["item"], table=study_table(result), pictures=pictures, how=how, source=f"{result['name']}.json"
+        tuning=tuning,
+        item=result["item"],
+        table=study_table(result),
+        pictures=pictures,
+        how=how,
+        source=f"{result['name']}.json",
     )
 
 
@@ -131,24 +154,30 @@ def studies_table(results: Iterable[dict[str, Any]]) -> str:
         ["---"] * 6,
     ]
     for result in sorted(results, key=lambda result: result["name"]):
-        metric, unit = result["metric"], UNITS[result["metric"]]
+        sign = 1 if METRICS[result["metric"]] else -1
         last = _at(result["rows"][-1])
         rows = [row for row in result["rows"] if _at(row) == last]
         ours = next((row for row in rows if row["row"] == "rezero"), rows[-1])
         others = [row for row in rows if row is not ours and any(run["value"] is not None for run in row["runs"])]
-        sign = 1 if METRICS[metric] else -1
         best = min(others, key=lambda row: sign * _mean(row), default=None)
         where = "".join(f", {key.rpartition('.')[2]} {value}" for key, value in last)
         cells = [
             f"[{result['item']}](model_cards/{result['name']}/README.md)",
             f"[{result['name']}](scripts/recipes/{result['name']}.yaml)",
             ours["reported"] or "",
-            f"{_values(ours['runs'], 'value')} {unit}{where}{_reached(result, ours)}",
-            "" if best is None else f"{_values(best['runs'], 'value')} ({best['label']}){_reached(result, best)}",
+            f"{_headline(result, ours)}{where}",
+            "" if best is None else f"{_headline(result, best)} ({best['label']})",
             f"{result['size']}, {len(result['seeds'])}, {result['device']}",
         ]
         lines.append(cells)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _headline(result: dict[str, Any], row: dict[str, Any]) -> str:
+    """What a study's line says of a row: signals where it is about them, else where it ends and how fast it gets there."""
+    if "signal" in row["runs"][0]:
+        return ", ".join(f"chi {_spectrum(row, moment)[0]} at the {moment}" for moment in ("start", "end"))
+    return f"{_values(row['runs'], 'value')} {UNITS[result['metric']]}{_reached(result, row)}"
 
 
 def _mean(row: dict[str, Any]) -> float:

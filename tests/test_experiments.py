@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from rezero_hf import ReZeroTrainer
 from rezero_hf.errors import UserError
 from rezero_hf.experiments import run_experiment
 from rezero_hf.recipe import load_language_recipe, load_recipe
@@ -74,6 +75,33 @@ def test_a_record_says_everything_and_a_finished_run_is_not_repeated(recipe, tmp
     other = run_experiment(load_recipe(recipe, ["training.seed=1"]), tmp_path / "run")
     assert other["results"] != first["results"]
     assert "gates_off" not in other
+
+
+def test_an_interrupted_run_goes_on_from_its_checkpoint(recipe, tmp_path, monkeypatch):
+    """Stopped in step 5, it ends as if it had not been, and its curve has every point once."""
+    words = ["training.save_strategy=steps", "training.save_steps=2"]
+    expected = run_experiment(load_recipe(recipe, words), tmp_path / "whole")
+
+    def stop(trainer, *args, **kwargs):
+        if trainer.state.global_step == 5:
+            raise KeyboardInterrupt
+        return training_step(trainer, *args, **kwargs)
+
+    training_step = ReZeroTrainer.training_step
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ReZeroTrainer, "training_step", stop)
+        run_experiment(load_recipe(recipe, words), tmp_path / "run")
+    steps = []
+    monkeypatch.setattr(
+        ReZeroTrainer,
+        "training_step",
+        lambda trainer, *a, **k: steps.append(trainer.state.global_step) or training_step(trainer, *a, **k),
+    )
+    run = run_experiment(load_recipe(recipe, words), tmp_path / "run")
+    assert steps == [4, 5]
+    assert run["results"] == expected["results"]
+    measured = [[(point["step"], point["loss"]) for point in record["curve"]] for record in (run, expected)]
+    assert measured[0] == measured[1]
 
 
 def test_a_run_that_diverges_is_a_result(recipe, tmp_path):

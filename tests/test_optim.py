@@ -1,10 +1,13 @@
 """Every parameter is in one group, gates are never decayed, and each optimiser trains a model."""
 
+from typing import get_args
+
 import pytest
 import torch
 
 from rezero_hf import ReZeroForCausalLM, gates, make_optimizer, parameter_groups
 from rezero_hf.models import ReZeroConfig
+from rezero_hf.optim import OptimizerName
 
 
 @pytest.fixture
@@ -62,12 +65,12 @@ def test_groups_know_gates_under_a_wrapper(model):
     assert len(gates(wrapped)) == len(gates(model)) == 2
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "lamb", "muon"])
+@pytest.mark.parametrize("optimizer", get_args(OptimizerName))
 def test_each_optimiser_lowers_the_loss_and_moves_gates_from_zero(optimizer):
     """Thirty steps on one batch: the loss falls, and every gate has left 0."""
     torch.manual_seed(0)
     model = ReZeroForCausalLM(ReZeroConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2))
-    optim = make_optimizer(model, optimizer, lr=1e-2, weight_decay=0.1)
+    optim = make_optimizer(model, optimizer, lr=0.3 if optimizer == "sgd" else 1e-2, weight_decay=0.1)
     ids = torch.randint(0, 64, (4, 16))
     losses = []
     for _ in range(30):
@@ -82,7 +85,7 @@ def test_each_optimiser_lowers_the_loss_and_moves_gates_from_zero(optimizer):
 
 def test_zero_gradients_and_strong_decay_leave_gates_alone():
     """Decay 10 with zero gradients moves the matrices and not one gate, with every optimiser."""
-    for optimizer in ("adamw", "lamb", "muon"):
+    for optimizer in get_args(OptimizerName):
         torch.manual_seed(0)
         config = ReZeroConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, gate_init=0.5)
         model = ReZeroForCausalLM(config)
@@ -108,5 +111,5 @@ def test_muon_takes_the_matrices_inside_the_layers_only(model):
 
 
 def test_an_unknown_optimiser_is_one_clear_line(model):
-    with pytest.raises(ValueError, match="optimizer='adam' is unknown; one of adamw, lamb, muon"):
+    with pytest.raises(ValueError, match="optimizer='adam' is unknown; one of adamw, adagrad, sgd, lamb, muon"):
         make_optimizer(model, "adam", lr=1.0)

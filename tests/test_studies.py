@@ -116,8 +116,8 @@ def test_a_committed_study_is_fair_by_its_words(recipe):
     study = load_study(recipe)
     for row in study.rows.values():
         for key in row.set:
-            assert key.startswith("model.") or key == "training.gate_lr_multiplier", f"{recipe}: {key}"
-        assert set(row.search) <= {WARMUP}
+            assert key.startswith(("model.", "training.gate_lr_")), f"{recipe}: {key}"
+        assert set(row.search) <= {WARMUP, "training.gate_lr_multiplier"}
     if "\nfull:" in recipe.read_text():
         load_recipe(recipe, full=True)
 

@@ -139,6 +139,20 @@ def test_the_optimiser_is_ours_with_gate_groups(prepared, tmp_path):
     assert groups["matrices"]["lr"] == pytest.approx(1e-2) and groups["matrices"]["weight_decay"] == 0.1
 
 
+def test_gates_can_keep_their_rate_under_a_schedule(prepared, tmp_path):
+    """With `gate_lr_constant` the gates' rate is the same in every step, and the others' follow the schedule."""
+    words = {"gate_lr_multiplier": 3.0, "gate_lr_constant": True, "lr_scheduler_type": "linear", "warmup_steps": 2}
+    trainer = trainer_for(prepared, tmp_path, **words)
+    trainer.create_optimizer_and_scheduler(4)
+    rates = []
+    for _ in range(4):
+        rates.append({group["name"]: group["lr"] for group in trainer.optimizer.param_groups})
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+    assert [rate["gates"] for rate in rates] == pytest.approx([3e-2] * 4)
+    assert [rate["matrices"] for rate in rates] == pytest.approx([0.0, 5e-3, 1e-2, 5e-3])
+
+
 def test_epochs_become_steps(prepared, tmp_path):
     """`num_train_epochs` passes over the training blocks, rounded up to whole steps; none is an error."""
     blocks = prepared.totals("train")["tokens"] // BLOCK
@@ -193,7 +207,7 @@ trainer.train()
         ({"num_train_epochs": math.inf}, "num_train_epochs=inf: must be a finite number"),
         ({"adam_beta1": 2.0}, r"adam_beta1=2.0: must be in \[0, 1\)"),
         ({"max_steps": 0}, "max_steps=0: must be at least 1, or -1"),
-        ({"optimizer": "sgd"}, "optimizer='sgd' is unknown; one of adamw, lamb, muon"),
+        ({"optimizer": "adam"}, "optimizer='adam' is unknown; one of adamw, adagrad, sgd, lamb"),
         ({"remove_unused_columns": True}, "remove_unused_columns=True would drop shift_labels"),
     ],
 )
