@@ -1,7 +1,7 @@
 """The publishable folder: written whole or not at all, and checked before it takes its final name.
 
-`export_folder` adds to what `save_pretrained` writes everything a stranger needs: tokenizer, generation config,
-recipe, results, figures and a model card. `verification.verify_folder` is the check.
+`export_folder` adds to what `save_pretrained` writes everything a stranger needs: tokenizer or image processor, recipe,
+results, figures and a model card. `verification.verify_folder` is the check.
 """
 
 import copy
@@ -10,22 +10,27 @@ import logging
 import math
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from fnmatch import fnmatch
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
+from .descriptions import description_of
 from .errors import UserError
 from .figures import gate_history, gate_map, loss_curve
 from .hub import render_card
 from .runs import read_metrics
-from .verification import CheckpointError, scrub, verify_folder
+from .traces import scrub
+from .verification import CheckpointError, verify_folder
 
 
 logger = logging.getLogger(__name__)
+
+# What turns text or pictures into a model's inputs: Trainer's `processing_class`.
+Processor = PreTrainedTokenizerBase | BaseImageProcessor
 
 # What an export consists of. A folder that holds anything else is somebody's, and is not replaced.
 EXPORTED = (
@@ -34,6 +39,7 @@ EXPORTED = (
     "model.safetensors.index.json",
     "config.json",
     "generation_config.json",
+    "preprocessor_config.json",
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -55,7 +61,7 @@ def is_exported(name: str) -> bool:
 
 def export_folder(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    processor: Processor,
     folder: str | Path,
     *,
     run: dict[str, Any] | None = None,
@@ -71,8 +77,9 @@ def export_folder(
     On several processes call it on the main one, with a model whose parameters are whole.
 
     Args:
-        model: The model, in the precision to publish. It is left as it was found.
-        tokenizer: Its tokenizer, whose end-of-text and padding ids the folder's configurations take over.
+        model: The model, in the precision to publish: one of `descriptions.DESCRIBED`. It is left as it was found.
+        processor: Its tokenizer, whose end-of-text and padding ids the folder's configurations take over, or its image
+            processor.
         folder: Where to. An earlier export there is replaced.
         run: The run's record, written to `run.json` and the card without host and user names and absolute paths.
         metrics: Rows of `metrics.jsonl`, written as they are and drawn.
@@ -85,6 +92,7 @@ def export_folder(
 
     Raises:
         CheckpointError: What was written does not verify.
+        UserError: There is no card for the model: it has another head.
         UserError: `folder` holds files that no export writes.
         UserError: The card in `folder` has lost the markers around the user's section.
     """
@@ -96,7 +104,7 @@ def export_folder(
     old_card = card.read_text(encoding="utf-8") if card.exists() else None
     partial.mkdir(parents=True)
     try:
-        _write_model(model, tokenizer, partial, state_dict)
+        _write_model(model, processor, partial, state_dict)
         write_records(partial, run, recipe_text)
         if metrics:
             rows = "".join(json.dumps(row) + "\n" for row in metrics)
@@ -137,8 +145,10 @@ def describe_folder(
         previous: the card whose user's section is to be kept. None (default): the one in the folder, if any.
 
     Raises:
-        UserError: that card has lost the markers around the user's section.
+        UserError: there is no card for the model, or the one there has lost the markers around the user's section.
     """
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    measure = description_of(config).measure
     card, records = folder / "README.md", [folder / name for name in ("run.json", "metrics.jsonl", "recipe.yaml")]
     if previous is None and card.exists():
         previous = card.read_text(encoding="utf-8")
@@ -146,10 +156,10 @@ def describe_folder(
     rows = read_metrics(metrics) if metrics else []
     render_card(
         json.loads(run.read_text(encoding="utf-8")) if run else None,
-        AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False),
+        config,
         metrics=rows,
         recipe_text=recipe.read_text(encoding="utf-8") if recipe else None,
-        figures=_write_figures(rows, folder) if figures else (),
+        figures=_write_figures(rows, folder, measure) if figures else (),
         repo_id=repo_id,
         previous=previous,
     ).save(card)
@@ -158,7 +168,7 @@ def describe_folder(
 @contextmanager
 def rescue(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    processor: Processor,
     folder: str | Path,
     state_dict: dict[str, Any] | None = None,
 ) -> Iterator[None]:
@@ -171,30 +181,35 @@ def rescue(
         yield
     except Exception as error:
         model.save_pretrained(folder, state_dict=state_dict)
-        tokenizer.save_pretrained(folder)
+        processor.save_pretrained(folder)
         raise UserError(
             f"{error}\nThe model was trained, but not published; its weights are safe in {folder}."
         ) from error
 
 
-def _write_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, state_dict: dict[str, Any] | None
-) -> None:
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+def _write_model(model: PreTrainedModel, processor: Processor, folder: Path, state_dict: dict[str, Any] | None) -> None:
+    with _generating_as(processor, model) if model.can_generate() else nullcontext():
+        model.save_pretrained(folder, state_dict=state_dict)
+    processor.save_pretrained(folder)
+
+
+@contextmanager
+def _generating_as(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Iterator[None]:
+    """Give a model its tokenizer's ids, and the cache, inside the block."""
+    ids = {name: getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     # What the tokenizer does not define stays as the model has it.
     ids = {name: value for name, value in ids.items() if value is not None}
-    generation_config = copy.deepcopy(model.generation_config) if model.can_generate() else None
-    if generation_config is not None:
-        generation_config.update(**ids, use_cache=True)
-        # Else the ids would be read from the model's configuration again.
-        generation_config._from_model_config = False
-    # Trainer switches the cache off in the configuration of the model it trains.
-    with (
-        temporarily(model.config, **ids, use_cache=True),
-        temporarily(model, generation_config=generation_config),
-    ):
-        model.save_pretrained(folder, state_dict=state_dict)
-    tokenizer.save_pretrained(folder)
+    generation_config = copy.deepcopy(model.generation_config)
+    generation_config.update(**ids, use_cache=True)
+    # Else the ids would be read from the model's configuration again.
+    generation_config._from_model_config = False
+    with temporarily(model, generation_config=generation_config), temporarily(model.config, **ids), caching(model):
+        yield
+
+
+def caching(model: PreTrainedModel) -> AbstractContextManager[None]:
+    """Switch the cache on inside the block, which Trainer switches off in the configuration of a model it trains."""
+    return temporarily(model.config, use_cache=True) if model.can_generate() else nullcontext()
 
 
 @contextmanager
@@ -210,14 +225,14 @@ def temporarily(target: Any, **values: Any) -> Iterator[None]:
             setattr(target, name, value)
 
 
-def _write_figures(metrics: list[dict], folder: Path) -> list[str]:
+def _write_figures(metrics: list[dict], folder: Path, measure: str) -> list[str]:
     """Draw what the rows hold; returns the pictures' paths inside the folder."""
     if metrics and find_spec("matplotlib") is None:
         logger.warning("The folder gets no figures: matplotlib is not installed (pip install matplotlib).")
         return []
     figures = []
-    if any(math.isfinite(row.get("bits_per_byte") or math.nan) for row in metrics):
-        figures.append(loss_curve(metrics, folder / "figures" / "loss.png"))
+    if any(math.isfinite(row.get(measure) or math.nan) for row in metrics):
+        figures.append(loss_curve(metrics, folder / "figures" / "loss.png", measure))
     if gate_history(metrics) is not None:
         figures.append(gate_map(metrics, folder / "figures" / "gates.png"))
     return [path.relative_to(folder).as_posix() for path in figures]

@@ -16,6 +16,8 @@ import numpy as np
 # Okabe and Ito's colour-blind-safe set.
 BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#555555"
 TICK_STEPS = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
+# What a loss curve can show, and what it is called on the axis.
+MEASURES = {"bits_per_byte": "bits per byte", "loss": "loss (nats)"}
 
 STYLE = {
     "font.size": 11,
@@ -54,8 +56,8 @@ def gate_history(metrics: Sequence[dict]) -> tuple[np.ndarray, np.ndarray] | Non
     return np.array([row["step"] for row in rows]), alpha
 
 
-def loss_curve(metrics: Sequence[dict], path: str | Path) -> Path:
-    """Draw training and validation bits per byte against the step, with the tokens seen along the top.
+def loss_curve(metrics: Sequence[dict], path: str | Path, measure: str = "bits_per_byte") -> Path:
+    """Draw training and validation loss against the step, with the tokens seen, if any, along the top.
 
     Values that are not finite are left out of the curves and the first such step is marked as the divergence it is.
 
@@ -63,23 +65,24 @@ def loss_curve(metrics: Sequence[dict], path: str | Path) -> Path:
         metrics: Rows as `read_metrics` returns them. Of a step recorded twice (a resumed run) the last
             record counts.
         path: The PNG to write; its folder is made if needed.
+        measure: One of `MEASURES`: bits per byte (default) compares texts, `loss` is what image classifiers have.
 
     Returns:
         The path written.
 
     Raises:
-        ValueError: No row has a finite bits-per-byte value.
+        ValueError: No row has a finite value of the measure.
     """
     training, validation = (
-        [row for row in _rows(metrics, event) if row.get("bits_per_byte") is not None] for event in ("train", "eval")
+        [row for row in _rows(metrics, event) if row.get(measure) is not None] for event in ("train", "eval")
     )
     validation = [row for row in validation if row.get("split", "validation") == "validation"]
-    finite = [row for row in training + validation if math.isfinite(row["bits_per_byte"])]
+    finite = [row for row in training + validation if math.isfinite(row[measure])]
     if not finite:
-        raise ValueError("metrics hold no finite bits_per_byte in any train or validation row: no loss curve to draw")
+        raise ValueError(f"metrics hold no finite {measure} in any train or validation row: no loss curve to draw")
 
     figure, axes = new_figure(4.6)
-    steps, values = _series(training)
+    steps, values = _series(training, measure)
     if len(steps):
         # A handful of rows needs no smoothing, and a line through their mean would hide them.
         reach = len(steps) // 50
@@ -88,7 +91,7 @@ def loss_curve(metrics: Sequence[dict], path: str | Path) -> Path:
             axes.plot(steps, _smooth(values, reach), color=BLUE, linewidth=1.8, label="training, smoothed")
         else:
             axes.plot(steps, values, color=BLUE, linewidth=1.8, label="training")
-    steps, values = _series(validation)
+    steps, values = _series(validation, measure)
     if len(steps):
         # Points, because nothing was measured between them.
         axes.plot(steps, values, color=VERMILION, linestyle="none", marker="o", markersize=5, label="validation")
@@ -102,15 +105,15 @@ def loss_curve(metrics: Sequence[dict], path: str | Path) -> Path:
             fontweight="bold",
             annotation_clip=False,
         )
-    broken = [row["step"] for row in training + validation if not math.isfinite(row["bits_per_byte"])]
+    broken = [row["step"] for row in training + validation if not math.isfinite(row[measure])]
     if broken:
         axes.axvline(min(broken), color="black", linewidth=1, linestyle=":")
         label = f"not finite from step {min(broken)}"
         axes.text(min(broken), 0.5, label, transform=axes.get_xaxis_transform(), rotation=90, ha="right", va="center")
 
-    log_ticks(axes, [row["bits_per_byte"] for row in finite])
+    log_ticks(axes, [row[measure] for row in finite])
     axes.set_xlabel("step")
-    axes.set_ylabel("bits per byte")
+    axes.set_ylabel(MEASURES[measure])
     axes.xaxis.set_major_locator(whole_ticks(8))
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.margins(x=0.02)
@@ -184,8 +187,8 @@ def natural(name: str) -> list:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
-def _series(rows: list[dict]) -> tuple[np.ndarray, np.ndarray]:
-    pairs = [(row["step"], row["bits_per_byte"]) for row in rows if math.isfinite(row["bits_per_byte"])]
+def _series(rows: list[dict], measure: str) -> tuple[np.ndarray, np.ndarray]:
+    pairs = [(row["step"], row[measure]) for row in rows if math.isfinite(row[measure])]
     return np.array([step for step, _ in pairs]), np.array([value for _, value in pairs])
 
 
@@ -255,7 +258,9 @@ def log_ticks(axes, values: list[float]) -> None:
     axes.set_yscale("log")
     axes.set_ylim(low / 1.06, max(high * 1.04, low * 1.2))
     decades = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
-    ticks = [step * 10.0**decade for decade in decades for step in TICK_STEPS]
+    # Over several powers of ten the fine steps would run into each other.
+    steps = TICK_STEPS if high < 10 * low else (1, 2, 5) if high < 1000 * low else (1,)
+    ticks = [step * 10.0**decade for decade in decades for step in steps]
     if sum(low <= tick <= high for tick in ticks) < 3:
         # Within so small a range round numbers are evenly spaced.
         ticks = MaxNLocator(6).tick_values(low, high)

@@ -12,8 +12,10 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig
 
+from .descriptions import Description, description_of
 from .errors import UserError
 from .figures import gate_history
+from .markdown import duration, fenced, flat, join, number, quoted, table
 from .models.residual import RESIDUAL_FORMS
 
 
@@ -40,11 +42,8 @@ SOURCES = {
         "prompt": "The history of ",
     },
 }
-METRICS = {"loss": "loss (nats per token)", "bits_per_byte": "bits per byte"}
-FIGURES = {
-    "figures/loss.png": "Bits per byte during training",
-    "figures/gates.png": "Gates alpha during training, layer by layer",
-}
+# The same of images, but for the terms of use: those are in the run's record.
+IMAGE_SOURCES = {"hub:uoft-cs/cifar10": "CIFAR-10", "digits": "scikit-learn's handwritten digits"}
 
 
 def render_card(
@@ -72,17 +71,23 @@ def render_card(
         previous: The text of the card this one replaces; its user's section is carried over.
 
     Raises:
-        UserError: `previous` has no user's section, or more than one: its text would be lost.
+        UserError: there is no card for this head, or `previous` has no user's section, or more than one: its text would
+            be lost.
     """
-    run = run or {}
+    run, about = run or {}, description_of(config)
     data = dict(run.get("data") or {})
     if len(data.get("sources") or ()) == 1:
         # The totals would repeat the one source's numbers.
         data.pop("splits", None)
     sources = _sources(data)
     known = [SOURCES[source] for source in sources if source in SOURCES]
-    form = RESIDUAL_FORMS[config.residual]
-    name = run.get("name") or "ReZero language model"
+    licences = [f"Licence of {entry['title']}: {entry['licence']}." for entry in known]
+    if about.of_images:
+        # The configuration names the classes, and the notice is a sentence of its own.
+        data.pop("classes", None)
+        licences = [notice] if (notice := data.pop("notice", None)) else []
+    titles = IMAGE_SOURCES | {name: entry["title"] for name, entry in SOURCES.items()}
+    name = run.get("name") or about.name
     # A Hub data set can also be a folder on disk, which the Hub could not link to.
     hub_ids = [
         match.group(1) for match in (re.fullmatch(r"hub:([\w-]+/[\w.-]+)", source) for source in sources) if match
@@ -92,35 +97,38 @@ def render_card(
         language=sorted({entry["language"] for entry in known}) or None,
         license=license,
         library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["rezero", *([] if _norms(config) else ["norm-free"])],
+        pipeline_tag=about.pipeline_tag,
+        tags=["rezero", *([] if about.norms else ["norm-free"])],
         datasets=hub_ids or None,
         model_name=name,
-        eval_results=_eval_results(run, sources) or None,
+        eval_results=_eval_results(run, about, sources) or None,
     )
     return ModelCard.from_template(
         card_data,
         template_str=files("rezero_hf").joinpath("card_template.md").read_text(encoding="utf-8"),
         name=name,
+        model=about.model,
+        of_images=about.of_images,
+        classes=config.num_labels,
+        grey=about.of_images and config.num_channels == 1,
         unfinished=run.get("unfinished"),
-        depth=config.num_hidden_layers,
         parameters=f"{run['parameters']:,}" if run.get("parameters") else None,
-        sources=_join(SOURCES.get(source, {}).get("title", f"`{source}`") for source in sources),
-        difference=_difference(config),
-        gated=form.has_gate,
+        sources=join(titles.get(source, f"`{source}`") for source in sources),
+        difference=about.difference,
+        gated=RESIDUAL_FORMS[config.residual].has_gate,
         gate_summary=_gate_summary(metrics or []),
-        architecture=_table(("part", "value"), _architecture(config)),
-        results=_results(run),
-        figures=[{"path": path, "text": FIGURES.get(path, path)} for path in figures],
+        architecture=table(("part", "value"), about.architecture),
+        results=_results(run, about),
+        figures=[{"path": path, "text": _captions(about).get(path, path)} for path in figures],
         repo_id=repo_id or REPO_PLACEHOLDER,
         placeholder=repo_id is None,
-        prompt=_quoted(known[0]["prompt"] if known else "The "),
-        data=_table(("data", "value"), _flat(data)),
-        licences="\n".join(f"Licence of {entry['title']}: {entry['licence']}." for entry in known),
-        training=_table(("training", "value"), _training(run)),
-        recipe=_fenced(recipe_text, "yaml") if recipe_text else None,
+        prompt=quoted(known[0]["prompt"] if known else "The "),
+        data=table(("data", "value"), flat(data)),
+        licences="\n".join(licences),
+        training=table(("training", "value"), _training(run)),
+        recipe=fenced(recipe_text, "yaml") if recipe_text else None,
         risks=[entry["risk"] for entry in known],
-        licence=_licence(license, known, sources),
+        licence=_licence(license, about, len(licences), len(sources)),
         user_section=_user_section(previous),
     )
 
@@ -155,38 +163,6 @@ def _sources(data: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys("enwik8" if name.startswith("enwik8:") else name for name in names))
 
 
-def _norms(config: PreTrainedConfig) -> list[str]:
-    """Where the model has norms."""
-    kind = {"layer": "LayerNorm", "rms": "RMSNorm"}[config.norm]
-    places = {
-        f"{kind} in every residual step": RESIDUAL_FORMS[config.residual].has_norm,
-        f"{kind} after the last layer": config.final_norm,
-        "RMSNorm on queries and keys": config.qk_norm,
-    }
-    return [place for place, present in places.items() if present]
-
-
-def _difference(config: PreTrainedConfig) -> str:
-    form = RESIDUAL_FORMS[config.residual]
-    # Every form's docstring opens with its equation.
-    equation = form.__doc__.strip().split("`")[1]
-    text = f"Every layer joins its branches F (attention, then feed-forward) to the stream x by `{equation}`"
-    norms = _norms(config)
-    text += f", where N is a {norms[0].split()[0]}" if form.has_norm else ""
-    text += ". "
-    if form.has_gate:
-        text += "The gate alpha is one learned number for " + (
-            "each layer, shared by its two branches" if config.gate_sharing == "layer" else "each branch of each layer"
-        )
-        text += f", and starts at {config.gate_init:g}"
-        if config.gate_init == 0:
-            text += ": before training each layer passes its input on unchanged, and training switches the layers on"
-        text += " ([ReZero is All You Need](https://arxiv.org/abs/2003.04887)). "
-    else:
-        text += "This is a baseline for [ReZero](https://arxiv.org/abs/2003.04887): it has no gates. "
-    return text + (f"Norms: {_join(norms)}." if norms else "There is no normalisation layer anywhere.")
-
-
 def _gate_summary(metrics: Sequence[dict]) -> str | None:
     history = gate_history(metrics)
     if history is None:
@@ -203,29 +179,6 @@ def _gate_summary(metrics: Sequence[dict]) -> str | None:
     )
 
 
-def _architecture(config: PreTrainedConfig) -> dict[str, str]:
-    heads = f"{config.num_attention_heads} heads of {config.head_dim}"
-    if config.num_key_value_heads != config.num_attention_heads:
-        heads += f", {config.num_key_value_heads} for keys and values"
-    gated = f"{config.hidden_act}(gate) * up" if config.gated_mlp else config.hidden_act
-    dropouts = {
-        "attention": config.attention_dropout,
-        "hidden": config.hidden_dropout,
-        "embedding": config.embedding_dropout,
-    }
-    return {
-        "layers": str(config.num_hidden_layers),
-        "width": str(config.hidden_size),
-        "attention": heads,
-        "feed-forward": f"{config.intermediate_size}, {gated}",
-        "positions": {"rope": "rotary", "learned": "learned"}[config.position_embedding],
-        "context": f"{config.max_position_embeddings} tokens",
-        "vocabulary": str(config.vocab_size),
-        "output layer": "tied to the embedding" if config.tie_word_embeddings else "its own",
-        "dropout": _join(f"{place} {value:g}" for place, value in dropouts.items() if value) or "none",
-    }
-
-
 def _training(run: Mapping[str, Any]) -> dict[str, str]:
     versions = run.get("versions") or {}
     git = run.get("git") or {}
@@ -233,7 +186,7 @@ def _training(run: Mapping[str, Any]) -> dict[str, str]:
     rows = {
         "hardware": run.get("device"),
         "processes": str(world) if world and world > 1 else None,
-        "wall time": _duration(run.get("wall_seconds")),
+        "wall time": duration(run.get("wall_seconds")),
         "tokens seen": f"{run['tokens']:,}" if run.get("tokens") else None,
         "started": run.get("started"),
         "command": f"`{run['command']}`" if run.get("command") else None,
@@ -256,23 +209,37 @@ def _splits(run: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     return {split: measured for split, measured in splits.items() if measured}
 
 
-def _results(run: Mapping[str, Any]) -> str | None:
+def _metric(name: str, about: Description) -> str:
+    """A measured number's name for a reader."""
+    unit = "nats per image" if about.of_images else "nats per token"
+    return f"loss ({unit})" if name == "loss" else name.replace("_", " ")
+
+
+def _captions(about: Description) -> dict[str, str]:
+    loss = _metric(about.measure, about)
+    return {
+        "figures/loss.png": f"{loss[0].upper()}{loss[1:]} during training",
+        "figures/gates.png": "Gates alpha during training, layer by layer",
+    }
+
+
+def _results(run: Mapping[str, Any], about: Description) -> str | None:
     splits = _splits(run)
     columns = list(dict.fromkeys(metric for measured in splits.values() for metric in measured))
-    rows = [[split, *(_number(measured.get(metric)) for metric in columns)] for split, measured in splits.items()]
-    return _table(("split", *(METRICS.get(metric, metric.replace("_", " ")) for metric in columns)), rows)
+    rows = [[split, *(number(measured.get(metric)) for metric in columns)] for split, measured in splits.items()]
+    return table(("split", *(_metric(metric, about) for metric in columns)), rows)
 
 
-def _eval_results(run: Mapping[str, Any], sources: list[str]) -> list[EvalResult]:
-    data_name = ", ".join(sources).replace("hub:", "") or "text"
+def _eval_results(run: Mapping[str, Any], about: Description, sources: list[str]) -> list[EvalResult]:
+    data_name = ", ".join(sources).replace("hub:", "") or ("images" if about.of_images else "text")
     return [
         EvalResult(
-            task_type="text-generation",
+            task_type=about.pipeline_tag,
             dataset_type=data_name,
             dataset_name=data_name,
             dataset_split=split,
             metric_type=metric,
-            metric_name=METRICS.get(metric, metric.replace("_", " ")),
+            metric_name=_metric(metric, about),
             metric_value=value,
         )
         for split, measured in _splits(run).items()
@@ -284,73 +251,14 @@ def _eval_results(run: Mapping[str, Any], sources: list[str]) -> list[EvalResult
     ]
 
 
-def _licence(license: str, known: list[dict], sources: list[str]) -> str:
+def _licence(license: str, about: Description, stated: int, sources: int) -> str:
+    """Of code and weights, and whether that of the data is known; `stated` of `sources` are."""
     text = f"Code and weights: {license}."
-    if known:
+    data = "images" if about.of_images else "text"
+    if stated and about.of_images:
+        text += " What is known of the licence of the training images stands under Data."
+    elif stated:
         text += " The licence of the training text is stated under Data."
-    if len(known) < len(sources) or not sources:
-        text += " The licence of the training text was not recorded: check it before you build on the model."
+    if stated < sources or not sources:
+        text += f" The licence of the training {data} was not recorded: check it before you build on the model."
     return text
-
-
-def _number(value: float | int | None) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:.4f}" if math.isfinite(value) else "not finite (diverged)"
-
-
-def _duration(seconds: float | None) -> str | None:
-    if not seconds:
-        return None
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-
-
-def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """A nested record as rows of words and values; what is None or empty is left out."""
-    rows = {}
-    for key, value in data.items():
-        label = f"{prefix} {key}".strip().replace("_", " ")
-        if isinstance(value, Mapping):
-            rows |= _flat(value, label)
-        elif isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value):
-            for number, item in enumerate(value, start=1):
-                rows |= _flat(item if isinstance(item, Mapping) else {"": item}, f"{label} {number}")
-        elif isinstance(value, bool):
-            rows[label] = "yes" if value else "no"
-        elif isinstance(value, int):
-            rows[label] = f"{value:,}"
-        elif isinstance(value, list | tuple) and value:
-            rows[label] = ", ".join(map(str, value))
-        elif value not in (None, "", [], ()):
-            rows[label] = str(value)
-    return rows
-
-
-def _table(header: Sequence[str], rows: Mapping[str, str] | Sequence[Sequence[str]]) -> str | None:
-    """A Markdown table, or None when there is nothing in it."""
-    rows = list(rows.items()) if isinstance(rows, Mapping) else rows
-    if not rows:
-        return None
-    lines = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in (header, *rows)]
-    lines.insert(1, ["---"] * len(header))
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def _join(items: Iterable[str]) -> str:
-    return "; ".join(items)
-
-
-def _quoted(text: str) -> str:
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
-
-
-def _fenced(text: str, language: str) -> str:
-    """A code block whose fence is longer than any run of backticks inside it."""
-    fence = "```"
-    while fence in text:
-        fence += "`"
-    return f"{fence}{language}\n{text.rstrip()}\n{fence}"

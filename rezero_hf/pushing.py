@@ -8,10 +8,10 @@ from typing import Any
 from transformers.trainer_utils import HubStrategy
 
 from .checkpoints import checkpoints_in
+from .descriptions import DESCRIBED
 from .errors import UserError
-from .export import describe_folder, temporarily, write_records
+from .export import caching, describe_folder, write_records
 from .hub import user_section
-from .models import ReZeroForCausalLM
 from .publishing import Repository, check_access
 from .push_queue import JOURNAL, LAST_PATIENCE, PushQueue
 from .resuming import ResumableTrainer
@@ -57,8 +57,8 @@ class PushingTrainer(ResumableTrainer):
 
     @property
     def describes(self) -> bool:
-        """Whether the model is one that there is a card for."""
-        return isinstance(self.accelerator.unwrap_model(self.model), ReZeroForCausalLM)
+        """Whether the model is one that there is a card for; the saves of other heads are the library's."""
+        return isinstance(self.accelerator.unwrap_model(self.model), DESCRIBED)
 
     def train(self, *args, **kwargs):
         done = super().train(*args, **kwargs)
@@ -74,7 +74,7 @@ class PushingTrainer(ResumableTrainer):
     def save_model(self, output_dir=None, _internal_call=False) -> None:
         """Every save is a folder for others to load: with a card, and with the cache on that training switches off."""
         folder = Path(output_dir or self.args.output_dir)
-        with temporarily(self.model.config, use_cache=True) if self.describes else nullcontext():
+        with caching(self.accelerator.unwrap_model(self.model)) if self.describes else nullcontext():
             super().save_model(output_dir, _internal_call=True)
         if self.describes and self.args.should_save:
             write_records(folder, self.run_so_far(), self.recipe_text)
@@ -111,8 +111,9 @@ class PushingTrainer(ResumableTrainer):
         strategy = HubStrategy(self.args.hub_strategy)
         if not self.describes or self.processing_class is None:
             raise UserError(
-                "push_to_hub=True pushes ReZeroForCausalLM with its tokenizer (processing_class), which a card can "
-                "describe; push another model when it is trained, by its own push_to_hub."
+                f"push_to_hub=True pushes {', '.join(model_class.__name__ for model_class in DESCRIBED)}, which a card "
+                "can describe, with tokenizer or image processor as processing_class; push another model when it is "
+                "trained, by its own push_to_hub."
             )
         if strategy != HubStrategy.END and self._state_dict_kind() == "SHARDED_STATE_DICT":
             raise UserError(

@@ -9,7 +9,7 @@ from typing import Any
 
 from .errors import UserError
 from .runs import read_metrics
-from .verification import scrub
+from .traces import scrub
 
 
 MEASURED = "# Measured "

@@ -7,7 +7,7 @@ from typing import Any
 
 from .experiments import CURVE
 from .studies import METRICS, Cell, Study
-from .verification import scrub
+from .traces import scrub
 
 
 CARD = """# {item}

@@ -202,7 +202,8 @@ class ReZeroTrainer(PushingTrainer):
             run["training_seconds"] = self.throughput.seconds()
             if "tokens" in run:
                 run["tokens"] = run["tokens"] * state.global_step // state.max_steps
-        measured = next((row for row in reversed(state.log_history) if "eval_bits_per_byte" in row), None)
+        rows = reversed(state.log_history)
+        measured = next((row for row in rows if row.keys() & {"eval_bits_per_byte", "eval_accuracy"}), None)
         if measured is not None:
             run["results"] = {"validation": measured_in(measured)}
         return run

@@ -1,23 +1,23 @@
 """The check of a publishable folder: complete, loadable anywhere, silent about who made it. None of its code is run."""
 
 import ast
-import getpass
 import json
 import re
-import socket
 import sys
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from huggingface_hub import ModelCard
+from PIL import Image
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
 from .errors import UserError
+from .traces import find_traces
 
 
 # Pickles run code when they are loaded; optimiser states are large and nobody's business.
@@ -27,20 +27,6 @@ FORBIDDEN = (
 )
 # The loader refuses remote code that imports what is not installed: only what Transformers itself brings is safe.
 IMPORTABLE = {"torch", "transformers", "huggingface_hub", "safetensors", "tokenizers", "numpy"}
-
-# An absolute path of two parts or more, or of one telling part; not the inside of a URL or of a relative path.
-ABSOLUTE_PATH = re.compile(
-    r"(?<![\w./~<*-])(?:file://)?(?:~?/[\w.+@-]+(?:/[\w.+@-]*)+|~?/(?:home|root|Users|tmp|mnt|data|scratch)\b|~/)"
-    r"|\b[A-Za-z]:\\+Users\b"
-)
-TOKEN = re.compile(r"\b(?:hf_|ghp_|github_pat_|glpat-|sk-|AKIA)[A-Za-z0-9_-]{16,}")
-# Account and host names that identify nobody, or are ordinary words in a recipe or a card.
-NAMES_OF_NOBODY = {
-    "root", "user", "admin", "test", "tests", "ubuntu", "debian", "runner", "docker", "nobody", "jovyan", "localhost",
-    "node", "server", "worker", "data", "model", "train", "training", "python", "torch", "rezero", "alpha", "main",
-}  # fmt: skip
-OWN_WORDS = {"README.md", "recipe.yaml", "config.json", "generation_config.json", "tokenizer_config.json"}
-PERSONAL_KEYS = {"user", "username", "login", "host", "hostname", "node", "nodename", "fqdn", "cwd", "home"}
 
 
 class CheckpointError(UserError):
@@ -55,8 +41,8 @@ def verify_folder(folder: str | Path) -> None:
     """Check that a folder is complete, loads, and tells nothing about who made it. None of its code is run.
 
     Checked: the code that `auto_map` names, with everything it imports; the weights, by name, shape and finiteness,
-    against the model the configuration describes; tokenizer and vocabulary; the card, its metadata and its pictures;
-    no pickles, no optimiser states; no tokens, absolute paths, host or user names in its text.
+    against the model the configuration describes; tokenizer and vocabulary, or image processor; the card, its metadata
+    and its pictures; no pickles, no optimiser states; no tokens, absolute paths, host or user names in its text.
 
     Args:
         folder: A folder as `export_folder` writes it.
@@ -76,7 +62,7 @@ def verify_folder(folder: str | Path) -> None:
         elif any(fnmatch(path.name, pattern) for pattern in FORBIDDEN):
             problems.append(f"{name}: pickles, optimiser states and caches do not belong in a published folder")
         else:
-            problems += _check_text(path, name)
+            problems += find_traces(path, name)
     config = _read_json(folder, "config.json", problems)
     if config is not None:
         problems += _check_code(folder, config)
@@ -94,81 +80,9 @@ def verify_text(folder: str | Path) -> None:
     """
     folder = Path(folder)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    problems = [line for path in files for line in _check_text(path, path.relative_to(folder).as_posix())]
+    problems = [line for path in files for line in find_traces(path, path.relative_to(folder).as_posix())]
     if problems:
         raise CheckpointError(folder, problems)
-
-
-def scrub(record: Any, names: bool = True) -> Any:
-    """Copy a record without what only the machine it was made on needs to know.
-
-    Absolute paths shrink to their last part, names of user and host become `<user>` and `<host>`, and fields that hold
-    one of them or a directory of theirs are dropped.
-
-    Args:
-        record: Text, or anything JSON can hold.
-        names: Also replace the names of user and host. Not for text that is read again, such as a recipe: a host may
-            be called like one of its words.
-    """
-    if isinstance(record, dict):
-        return {key: scrub(value, names) for key, value in record.items() if str(key).lower() not in PERSONAL_KEYS}
-    if isinstance(record, list | tuple):
-        return [scrub(value, names) for value in record]
-    if not isinstance(record, str):
-        return record
-    text = ABSOLUTE_PATH.sub(lambda found: found.group().rstrip("/\\").rpartition("/")[2] or "<home>", record)
-    text = TOKEN.sub("<token>", text)
-    for kind, name in _own_names() if names else ():
-        text = re.sub(_whole(name), f"<{kind}>", text)
-    return text
-
-
-def _check_text(path: Path, name: str) -> list[str]:
-    """Secrets and traces of the machine in one file, when it is text."""
-    if path.suffix in (".safetensors", ".png"):
-        return []
-    try:
-        with path.open("rb") as file:
-            # What torch writes is large, and no text.
-            if b"\0" in file.read(4096):
-                return []
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        return []
-    problems = [f"{name}: holds an access token ({found.group()[:6]}...)" for found in TOKEN.finditer(text)]
-    # Vocabularies are learnt from text, in which paths and names are ordinary words.
-    if name in ("tokenizer.json", "vocab.json", "merges.txt"):
-        return problems
-    # An escaped line break would hide that a path begins after it.
-    text = re.sub(r"\\[nrt]", "  ", text)
-    for found in ABSOLUTE_PATH.finditer(text):
-        problems.append(f"{name}:{text.count(chr(10), 0, found.start()) + 1}: holds an absolute path, {found.group()}")
-    # What the package writes from its own words is not searched for names: a host may be called like one of them.
-    if path.suffix == ".py" or name in OWN_WORDS:
-        return problems
-    if name == "run.json":
-        text = "\n".join(re.findall(r':\s*"([^"]*)"', text))
-    problems += [
-        f"{name}: holds this machine's {kind} name, {own}" for kind, own in _own_names() if re.search(_whole(own), text)
-    ]
-    return problems
-
-
-def _own_names() -> list[tuple[str, str]]:
-    """(kind, name) of this host and account, as far as they identify somebody."""
-    host = socket.gethostname()
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):
-        # A container may run under a number that no account has.
-        user = ""
-    names = dict.fromkeys([("host", host), ("host", host.partition(".")[0]), ("user", user)])
-    return [(kind, name) for kind, name in names if len(name) > 3 and name.lower() not in NAMES_OF_NOBODY]
-
-
-def _whole(name: str) -> str:
-    """Pattern of a name as a word; before a slash it is a namespace on the Hub, which is public anyway."""
-    return rf"(?<!\w){re.escape(name)}(?![\w/])"
 
 
 def _check_code(folder: Path, config: dict) -> list[str]:
@@ -216,7 +130,7 @@ def _check_code(folder: Path, config: dict) -> list[str]:
 
 
 def _check_model(folder: Path, raw: dict) -> list[str]:
-    """The weights against the model the configuration describes, and the tokenizer against both."""
+    """The weights against the model the configuration describes, and what makes its inputs against it."""
     problems: list[str] = []
     stored = _stored_tensors(folder, problems)
     try:
@@ -232,9 +146,10 @@ def _check_model(folder: Path, raw: dict) -> list[str]:
     # Whatever a configuration can be wrong about, down to an error inside the model, is one problem of the folder.
     except Exception as error:
         return [*problems, f"config.json: describes no model that this version can build ({_line(error)})"]
-    if config.get_text_config().use_cache is False:
+    if model.can_generate() and config.get_text_config().use_cache is False:
         problems.append("config.json: use_cache is false; generation would be slow for every user")
-    problems += _check_tokenizer(folder, config.vocab_size)
+    takes_images = model.main_input_name == "pixel_values"
+    problems += _check_image_processor(folder, config) if takes_images else _check_tokenizer(folder, model)
 
     if stored is None:
         return problems
@@ -279,16 +194,36 @@ def _stored_tensors(folder: Path, problems: list[str]) -> dict[str, tuple[int, .
     return shapes
 
 
-def _check_tokenizer(folder: Path, vocab_size: int) -> list[str]:
+def _check_image_processor(folder: Path, config: PreTrainedConfig) -> list[str]:
+    """What it makes of a picture has the shape that the model takes."""
+    try:
+        processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        return [f"image processor: cannot be loaded ({_line(error)})"]
+    channels, size = config.num_channels, getattr(config, "image_size", None)
+    try:
+        # PIL has a mode for 1 to 4 channels; grey pictures have no axis for them.
+        picture = Image.fromarray(np.zeros((40, 50) if channels == 1 else (40, 50, channels), np.uint8))
+        made = tuple(processor(picture, return_tensors="pt").pixel_values.shape)
+    except Exception as error:
+        return [f"image processor: cannot process a picture of {channels} channel(s) ({_line(error)})"]
+    # A convolutional net has no image_size: it takes any.
+    taken = (1, channels, *(made[2:] if size is None else (size, size)))
+    return [f"image processor: makes {made} of a picture, the model takes {taken}"] if made != taken else []
+
+
+def _check_tokenizer(folder: Path, model: PreTrainedModel) -> list[str]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     # Missing and damaged files show as almost any exception.
     except Exception as error:
         return [f"tokenizer: cannot be loaded ({_line(error)})"]
-    problems = []
+    problems, vocab_size = [], model.config.vocab_size
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest >= vocab_size:
         problems.append(f"tokenizer: has token id {largest}, beyond the model's vocab_size {vocab_size}")
+    if not model.can_generate():
+        return problems
     generation = _read_json(folder, "generation_config.json", problems) or {}
     for name in ("eos_token_id", "pad_token_id"):
         ours, theirs = generation.get(name), getattr(tokenizer, name)

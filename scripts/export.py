@@ -10,12 +10,12 @@ from typing import Annotated
 import typer
 from accelerate.utils import merge_fsdp_weights
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoProcessor
 
 from rezero_hf.checkpoints import verify_checkpoint
 from rezero_hf.cli import run
+from rezero_hf.descriptions import described_class
 from rezero_hf.export import export_folder
-from rezero_hf.models import ReZeroConfig, ReZeroForCausalLM
 from rezero_hf.runs import read_metrics
 
 
@@ -24,21 +24,23 @@ def main(
     output: Annotated[Path, typer.Argument(help="where to; an earlier export there is replaced")],
 ):
     verify_checkpoint(checkpoint)
+    config = AutoConfig.from_pretrained(checkpoint)
+    model_class = described_class(config)
     shards = checkpoint / "pytorch_model_fsdp_0"
     if shards.is_dir():
         with TemporaryDirectory() as folder:
             merge_fsdp_weights(str(shards), folder)
             weights = load_file(Path(folder) / "model.safetensors")
-        model = ReZeroForCausalLM(ReZeroConfig.from_pretrained(checkpoint))
-        if model.config.tie_word_embeddings:
-            weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
+        model = model_class(config)
+        for tied, source in model.all_tied_weights_keys.items():
+            weights.setdefault(tied, weights[source])
         model.load_state_dict(weights)
     else:
-        model = ReZeroForCausalLM.from_pretrained(checkpoint)
+        model = model_class.from_pretrained(checkpoint)
     recipe = checkpoint.absolute().parents[1] / "recipe.yaml"
     export_folder(
         model,
-        AutoTokenizer.from_pretrained(checkpoint),
+        AutoProcessor.from_pretrained(checkpoint),
         output,
         metrics=read_metrics(checkpoint / "metrics.jsonl") if (checkpoint / "metrics.jsonl").exists() else None,
         recipe_text=recipe.read_text(encoding="utf-8") if recipe.exists() else None,

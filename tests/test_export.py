@@ -1,6 +1,8 @@
 """The publishable folder: whole or not there, loadable anywhere, and silent about the machine that made it."""
 
+import contextlib
 import copy
+import io
 import json
 import os
 import re
@@ -11,16 +13,27 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, pipeline
 
 from rezero_hf import export
 from rezero_hf.errors import UserError
 from rezero_hf.export import export_folder, rescue
 from rezero_hf.hub import USER_SECTION
-from rezero_hf.models import ReZeroConfig, ReZeroForCausalLM
-from rezero_hf.verification import CheckpointError, scrub, verify_folder
+from rezero_hf.images import cifar_image_processor, image_processor
+from rezero_hf.models import (
+    ReZeroConfig,
+    ReZeroForCausalLM,
+    ReZeroForSequenceClassification,
+    ReZeroMLPConfig,
+    ReZeroMLPForImageClassification,
+    ReZeroResNetConfig,
+    ReZeroResNetForImageClassification,
+)
+from rezero_hf.traces import scrub
+from rezero_hf.verification import CheckpointError, verify_folder
 
 
 RUN = {
@@ -441,3 +454,120 @@ def test_a_trained_model_is_rescued_when_publishing_fails(tmp_path, tokenizer):
         raise OSError("No space left on device")
     again = ReZeroForCausalLM.from_pretrained(tmp_path / "rescued")
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+IMAGE_RUN = {"name": "tiny", "data": {"source": "digits"}, "results": {"test": {"loss": 0.5, "accuracy": 0.9}}}
+IMAGE_ROWS = [
+    {**row, "event": event, "bits_per_byte": None, "accuracy": 0.5} for event in ("train", "eval") for row in ROWS
+]
+
+
+@pytest.fixture(scope="module")
+def resnet():
+    torch.manual_seed(0)
+    names = {0: "cat", 1: "dog", 2: "fox"}
+    return ReZeroResNetForImageClassification(ReZeroResNetConfig.cifar(8, gate_init=0.5, id2label=names)).eval()
+
+
+@pytest.fixture(scope="module")
+def exported_images(tmp_path_factory, resnet):
+    """A good folder of an image classifier; tests that damage it take a copy."""
+    folder = tmp_path_factory.mktemp("images") / "model"
+    run = {"run": IMAGE_RUN, "metrics": IMAGE_ROWS, "recipe_text": RECIPE}
+    return export_folder(resnet, cifar_image_processor(), folder, **run)
+
+
+@pytest.fixture
+def picture(tmp_path, monkeypatch):
+    """`image.png` in the working directory, which the cards' snippets open."""
+    monkeypatch.chdir(tmp_path)
+    pixels = torch.randint(0, 256, (40, 50, 3), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
+    image = Image.fromarray(pixels.numpy())
+    image.save("image.png")
+    return image
+
+
+def snippets(folder):
+    """The card's two pieces of code: with the package, and without, for this folder instead of a repository."""
+    code = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    return [text.replace("USER/NAME", str(folder)) for text in code]
+
+
+def test_an_image_classifier_is_exported_with_its_processor(exported_images, resnet):
+    """Processor, code, records, figures and card, and nothing that only a language model has, also not in its words."""
+    files = tree(exported_images).keys()
+    assert files == {
+        *("README.md", "config.json", "model.safetensors", "preprocessor_config.json", "recipe.yaml", "run.json"),
+        *("metrics.jsonl", "figures/loss.png", "figures/gates.png", "configuration_rezero_resnet.py"),
+        *("modeling_rezero_resnet.py", "initializations.py", "portable.py", "residual.py"),
+    }
+    assert "use_cache" not in (exported_images / "config.json").read_text()
+    assert not hasattr(resnet.config, "use_cache")
+
+
+def test_an_exported_image_classifier_is_used_as_its_card_says(exported_images, resnet, picture, tmp_path):
+    """The card's code and `pipeline` name the net's most likely class; both also where the package cannot be imported."""
+    logits = resnet(**cifar_image_processor()(picture, return_tensors="pt")).logits
+    label = resnet.config.id2label[logits.argmax().item()]
+    own, remote = snippets(exported_images)
+    remote = "import sys; sys.modules['rezero_hf'] = None\n" + remote
+    remote += f"""
+from transformers import pipeline
+classifier = pipeline("image-classification", {str(exported_images)!r}, trust_remote_code=True)
+assert type(classifier.model).__module__.startswith("transformers_modules.")
+print(classifier("image.png")[0])
+"""
+    alone = subprocess.run(
+        [sys.executable, "-c", remote], env=offline(tmp_path), check=False, capture_output=True, text=True
+    )
+    assert alone.returncode == 0, alone.stderr
+    assert printed(own) == f"{label}\n"
+    best = pipeline("image-classification", str(exported_images))(picture)[0]
+    assert best["label"] == label
+    assert alone.stdout == f"{label}\n{best}\n"
+
+
+def printed(code):
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(code, {})
+    return out.getvalue()
+
+
+def test_grey_pictures_and_fixed_sizes_are_served(picture, tmp_path):
+    """A fully connected net of grey 8 x 8 images: the card's code makes of any picture what it takes."""
+    torch.manual_seed(0)
+    config = ReZeroMLPConfig(image_size=8, num_channels=1, hidden_size=16, num_hidden_layers=2, gate_init=0.5)
+    folder = export_folder(
+        ReZeroMLPForImageClassification(config), image_processor((8, 8), [0.5], [0.3]), tmp_path / "mlp"
+    )
+    assert printed(snippets(folder)[0]) in ("LABEL_0\n", "LABEL_1\n")
+
+
+def test_an_image_processor_that_does_not_fit_is_refused(exported_images, resnet, tokenizer, tmp_path):
+    """Missing, damaged, a tokenizer's place, of another size or of other colours than the model's: one line each."""
+    folder = shutil.copytree(exported_images, tmp_path / "model")
+    processor = folder / "preprocessor_config.json"
+    for damage in (lambda: processor.write_text("{"), processor.unlink):
+        damage()
+        assert [line[:34] for line in problems(folder)] == ["image processor: cannot be loaded "]
+    for model, wrong, missing in (
+        (tiny(), cifar_image_processor(), "tokenizer"),
+        (resnet, tokenizer, "image processor"),
+    ):
+        with pytest.raises(CheckpointError, match=f"{missing}: cannot be loaded"):
+            export_folder(model, wrong, tmp_path / "never")
+    config = ReZeroMLPConfig(image_size=8, num_channels=1, hidden_size=16, num_hidden_layers=1)
+    for wrong in (image_processor((9, 8), [0.5], [0.3]), image_processor((8, 8), [0.5] * 3, [0.3] * 3)):
+        with pytest.raises(
+            CheckpointError, match=r"image processor: makes .*, the model takes \(1, 1, 8, 8\)"
+        ) as caught:
+            export_folder(ReZeroMLPForImageClassification(config), wrong, tmp_path / "never")
+        assert len(caught.value.problems) == 1
+
+
+def test_another_head_is_refused_before_anything_is_left(tmp_path, tokenizer):
+    """There is no card for it: one line says so, and no folder."""
+    model = ReZeroForSequenceClassification(tiny().config)
+    with pytest.raises(UserError, match="ReZeroForSequenceClassification has no model card"):
+        export_folder(model, tokenizer, tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []

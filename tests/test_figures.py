@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from rezero_hf.figures import gate_history, gate_map, loss_curve
+from rezero_hf.figures import gate_history, gate_map, log_ticks, loss_curve, new_figure
 from rezero_hf.runs import read_metrics
 
 
@@ -65,6 +65,27 @@ def test_the_curve_depends_on_every_kind_of_row(tmp_path):
     for event in ("train", "eval"):
         only = drawn(loss_curve([row for row in rows if row["event"] == event], tmp_path / f"{event}.png"))
         assert not np.array_equal(only, both)
+
+
+def test_what_has_no_bytes_is_drawn_in_nats(tmp_path):
+    """An image classifier records a loss alone: the same curve under another name, and only when asked for."""
+    rows = [{**row, "loss": row["bits_per_byte"]} for row in recorded()]
+    bits, nats = drawn(loss_curve(rows, tmp_path / "bits.png")), drawn(loss_curve(rows, tmp_path / "nats.png", "loss"))
+    assert not np.array_equal(bits, nats)
+    for row in rows:
+        del row["bits_per_byte"]
+    assert np.array_equal(nats, drawn(loss_curve(rows, tmp_path / "alone.png", "loss")))
+    with pytest.raises(ValueError, match="no finite bits_per_byte"):
+        loss_curve(rows, "never.png")
+
+
+@pytest.mark.parametrize("low", [2.0, 0.1, 1e-3, 1e-6])
+def test_numbers_on_a_logarithmic_axis_keep_apart(low):
+    """However many powers of ten a loss falls through, there are a few labels and not one on another."""
+    _, axes = new_figure(4.6)
+    log_ticks(axes, [low, 3.0])
+    bottom, top = axes.get_ylim()
+    assert 2 <= sum(bottom <= tick <= top for tick in axes.get_yticks()) <= 12
 
 
 def test_the_same_rows_give_the_same_file(tmp_path):

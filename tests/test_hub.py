@@ -10,8 +10,9 @@ import jinja2.meta
 import pytest
 from huggingface_hub import ModelCard
 
+from rezero_hf.errors import UserError
 from rezero_hf.hub import USER_SECTION, render_card, user_section
-from rezero_hf.models import ReZeroConfig
+from rezero_hf.models import ReZeroConfig, ReZeroMLPConfig, ReZeroResNetConfig
 from rezero_hf.models.residual import RESIDUAL_FORMS
 
 
@@ -181,3 +182,110 @@ def test_the_template_ships_and_is_given_all_it_asks_for():
     with patch.object(ModelCard, "from_template") as rendered:
         render_card(recorded(), config())
     assert asked == rendered.call_args.kwargs.keys() - {"template_str"} | {"card_data"}
+
+
+NOTICE = "CIFAR-10 states no licence and is meant for research."
+
+
+def recorded_of_images(**changes):
+    data = {
+        "source": "hub:uoft-cs/cifar10",
+        "origin": {"kind": "hub", "version": "0b27149"},
+        "notice": NOTICE,
+        "shape": [3, 32, 32],
+        "classes": ["airplane", "cat"],
+        "splits": {"train": 45000, "validation": 5000, "test": 10000},
+        "augmentation": "crop_flip",
+    }
+    results = {"validation": {"loss": 0.31234567, "accuracy": 0.9123}, "test": {"loss": 0.33, "accuracy": 0.9056}}
+    return {**recorded(name="resnet-20", data=data, results=results, tokens=None), **changes}
+
+
+def test_an_image_classifiers_card_is_about_images():
+    """Task, data set, its notice and accuracy are in metadata and text; nothing in it is about text or generating."""
+    run = recorded_of_images()
+    card = render_card(
+        run, ReZeroResNetConfig.cifar(20, id2label={0: "airplane", 1: "cat"}), figures=["figures/loss.png"]
+    )
+    assert measured(card) == {
+        (split, metric): value for split, values in run["results"].items() for metric, value in values.items()
+    }
+    data = ModelCard(str(card)).data
+    assert (data.pipeline_tag, data.datasets, data.language) == ("image-classification", ["uoft-cs/cifar10"], None)
+    for shown in (
+        "An image classifier, a convolutional network with 9 residual layers",
+        *("on CIFAR-10", "It names the most likely of 2 classes."),
+        *("| test | 0.3300 | 0.9056 |", "loss (nats per image)", "![Loss (nats per image) during training]"),
+        *(f"\n{NOTICE}\n", "| splits train | 45,000 |", "| classes | 2: airplane, cat |", "0b27149"),
+    ):
+        assert shown in card.text, shown
+    for foreign in ("text", "token", "bits per byte", "prejudices", "Transformers\n", "None"):
+        assert foreign not in card.text, foreign
+
+
+@pytest.mark.parametrize("config", [ReZeroResNetConfig.cifar(8), ReZeroMLPConfig.paper()])
+@pytest.mark.parametrize("field", [*recorded(), "all"])
+def test_any_field_of_a_run_on_images_may_be_missing(config, field):
+    """Leaving out one field, or the record, leaves no trace; a licence that nobody recorded is said to be unknown."""
+    run = recorded_of_images() if field != "all" else {}
+    run.pop(field, None)
+    card = render_card(run or None, config)
+    assert "None" not in str(card)
+    assert ("licence of the training images was not recorded" in card.text) == (field in ("data", "all"))
+
+
+def test_a_resnets_description_follows_its_configuration():
+    """Equation, place of the last activation, BatchNorm, and the baselines that are initialisations."""
+    norm_free = {"batch_norm": False, "stem_batch_norm": False}
+    plain = {"residual": "plain"}
+    for changes, says, tagged in (
+        (
+            {},
+            ["`x + alpha * F(x)`", "is in F", "BatchNorm in every layer; BatchNorm after the stem", "starts at 0:"],
+            False,
+        ),
+        (norm_free, ["no normalisation layer anywhere", "is its shortcut alone"], True),
+        ({"residual": "gated", "gate_init": 0.5}, ["`alpha * F(x) + (1 - alpha) * x`", "starts at 0.5 ("], False),
+        (plain, ["`x + F(x)`", "is on the sum", "a baseline for"], False),
+        ({**plain, "initialization": "zero_gamma"}, ["zero-gamma", "has no gates"], False),
+        ({**plain, "initialization": "fixup", "batch_norm": False}, ["by Fixup", "no normalisation layer"], True),
+    ):
+        card = render_card(None, ReZeroResNetConfig.cifar(8, **changes))
+        assert all(words in card.text for words in says), (changes, says)
+        assert ("norm-free" in card.data.tags) == tagged
+        assert ("## Fine-tuning" in card.text) == (changes.get("residual") != "plain")
+    for depth, branch in ((18, "two 3x3"), (50, "1x1, 3x3 and 1x1")):
+        text = render_card(None, ReZeroResNetConfig.preact(depth)).text
+        assert f"F ({branch} convolutions)" in text
+        assert "Each convolution of F has its relu before it" in text
+
+
+@pytest.mark.parametrize("residual", get_args(ReZeroMLPConfig.__annotations__["residual"]))
+def test_a_fully_connected_nets_description_follows_its_configuration(residual):
+    """As for language models: its form's equation, and gates and norms exactly when it has them."""
+    form = RESIDUAL_FORMS[residual]
+    card = render_card(None, ReZeroMLPConfig.paper(residual=residual, norm="rms"))
+    assert f"`{form.__doc__.split('`')[1]}`" in card.text
+    assert "a fully connected network with 32 hidden layers" in card.text
+    assert form.has_gate == ("The gate alpha" in card.text)
+    assert (not form.has_norm) == ("norm-free" in card.data.tags) == ("RMSNorm" not in card.text)
+
+
+def test_only_what_is_code_is_trusted():
+    """An image processor is Transformers' own: only the model is loaded with trust, and from a pinned commit."""
+    text = render_card(None, ReZeroMLPConfig.paper(num_channels=1), repo_id="me/model").text
+    own, remote = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert "trust_remote_code" not in own
+    assert remote.count('"me/model", revision="COMMIT"') == 2
+    assert remote.count("trust_remote_code=True") == 1
+    assert own.count('Image.open("image.png").convert("L")') == remote.count('.convert("L")') == 1
+
+
+@pytest.mark.parametrize("architecture", ["ReZeroForSequenceClassification", "ReZeroResNetModel", "BertModel"])
+def test_a_model_without_a_card_is_one_line(architecture):
+    """Other heads, and models of others, are named, with what to do instead."""
+    with pytest.raises(
+        UserError, match=f"{architecture} has no model card; there is one for ReZeroForCausalLM"
+    ) as caught:
+        render_card(None, config(architectures=[architecture]))
+    assert "\n" not in str(caught.value)

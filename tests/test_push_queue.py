@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ from hub_server import Refuse
 
 from rezero_hf import (
     ReZeroForSequenceClassification,
+    ReZeroMLPConfig,
+    ReZeroMLPForImageClassification,
     ReZeroTrainer,
     ReZeroTrainingArguments,
     export_folder,
@@ -18,6 +21,7 @@ from rezero_hf import (
 )
 from rezero_hf.checkpoints import checkpoints_in, newest_complete, verify_checkpoint
 from rezero_hf.errors import UserError
+from rezero_hf.image_data import EvalImages, ImageDataConfig, TrainImages, accuracy_metrics, prepare_images
 from rezero_hf.publishing import Repository
 from rezero_hf.push_queue import PushQueue
 from rezero_hf.verification import verify_folder
@@ -103,6 +107,52 @@ def test_a_script_of_ones_own_pushes_too(hub, tiny_model, tokenizer, tmp_path, m
     for word in ({"revision": "dev"}, {"tags": ["x"]}):
         with pytest.raises(UserError, match="say it in the training arguments"):
             trainer.push_to_hub(**word)
+
+
+def test_an_image_classifier_is_pushed_and_exported_too(hub, tmp_path, monkeypatch):
+    """What it saves is on the Hub with its image processor, accuracy and data in the card, and verifies; a checkpoint on
+    disk becomes the same by `scripts/export.py`."""
+    for name, value in hub.environment(tmp_path / "home").items():
+        monkeypatch.setenv(name, value)
+    images = prepare_images(
+        ImageDataConfig("digits", augmentation="none", cache_dir=str(tmp_path / "cache")), progress=False
+    )
+    config = ReZeroMLPConfig(
+        image_size=8, num_channels=1, hidden_size=16, num_hidden_layers=2, id2label=images.id2label
+    )
+    words = {"max_steps": 1, "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "report_to": "none"}
+    args = ReZeroTrainingArguments(tmp_path / "run" / "out", push_to_hub=True, hub_model_id=REPO, **words)
+    trainer = ReZeroTrainer(
+        ReZeroMLPForImageClassification(config),
+        args,
+        train_dataset=TrainImages(images, 0, 64),
+        eval_dataset=EvalImages(images, "validation"),
+        compute_metrics=accuracy_metrics,
+        processing_class=images.image_processor(),
+        run_dir=tmp_path / "run",
+        run={"name": "digits", "data": images.record()},
+    )
+    trainer.train()
+    assert [row.get("failed") for row in trainer.pushes.rows()] == [None]
+    initial, commit = hub.commits(REPO)
+    there = tmp_path / "there"
+    for name in commit.files.keys() - initial.files.keys():
+        (there / name).parent.mkdir(parents=True, exist_ok=True)
+        (there / name).write_bytes(commit.files[name])
+    verify_folder(there)
+    card = (there / "README.md").read_text()
+    assert "pipeline_tag: image-classification" in card
+    assert f'from_pretrained("{REPO}")' in card
+    assert "type: accuracy" in card
+    assert "CC BY 4.0" in card
+
+    command = ["export.py", str(tmp_path / "run" / "out" / "checkpoint-1"), str(tmp_path / "exported")]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "scripts" / "export.py"), run_name="__main__")
+    assert not end.value.code
+    for name in ("model.safetensors", "preprocessor_config.json", "modeling_rezero_mlp.py"):
+        assert (tmp_path / "exported" / name).read_bytes() == commit.files[name]
 
 
 # A push that takes the place of the real one where only the queue is looked at: it waits for a file, then notes itself.
@@ -265,7 +315,7 @@ def test_a_hub_out_of_reach_does_not_stop_a_run(hub, tiny_model, tokenizer, tmp_
 def test_another_model_is_not_pushed_by_halves(hub, tiny_model, tokenizer, tmp_path):
     """A head without a card, and a model without its tokenizer, are refused before training."""
     args = ReZeroTrainingArguments(tmp_path, report_to="none", push_to_hub=True, hub_model_id=REPO, max_steps=1)
-    with pytest.raises(UserError, match="pushes ReZeroForCausalLM with its tokenizer"):
+    with pytest.raises(UserError, match=r"pushes ReZeroForCausalLM, .* with tokenizer or image processor"):
         ReZeroTrainer(tiny_model(ReZeroForSequenceClassification), args, processing_class=tokenizer)
-    with pytest.raises(UserError, match="pushes ReZeroForCausalLM with its tokenizer"):
+    with pytest.raises(UserError, match=r"pushes ReZeroForCausalLM, .* with tokenizer or image processor"):
         ReZeroTrainer(tiny_model(), args)

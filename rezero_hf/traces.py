@@ -1,0 +1,102 @@
+"""What must not be published: access tokens, absolute paths, names of host and user. Found, and taken out."""
+
+import getpass
+import re
+import socket
+from pathlib import Path
+from typing import Any
+
+
+# An absolute path of two parts or more, or of one telling part; not the inside of a URL or of a relative path.
+ABSOLUTE_PATH = re.compile(
+    r"(?<![\w./~<*-])(?:file://)?(?:~?/[\w.+@-]+(?:/[\w.+@-]*)+|~?/(?:home|root|Users|tmp|mnt|data|scratch)\b|~/)"
+    r"|\b[A-Za-z]:\\+Users\b"
+)
+TOKEN = re.compile(r"\b(?:hf_|ghp_|github_pat_|glpat-|sk-|AKIA)[A-Za-z0-9_-]{16,}")
+# Account and host names that identify nobody, or are ordinary words in a recipe or a card.
+NAMES_OF_NOBODY = {
+    "root", "user", "admin", "test", "tests", "ubuntu", "debian", "runner", "docker", "nobody", "jovyan", "localhost",
+    "node", "server", "worker", "data", "model", "train", "training", "python", "torch", "rezero", "alpha", "main",
+}  # fmt: skip
+OWN_WORDS = {
+    *("README.md", "recipe.yaml", "config.json", "generation_config.json"),
+    *("tokenizer_config.json", "preprocessor_config.json"),
+}
+PERSONAL_KEYS = {"user", "username", "login", "host", "hostname", "node", "nodename", "fqdn", "cwd", "home"}
+
+
+def scrub(record: Any, names: bool = True) -> Any:
+    """Copy a record without what only the machine it was made on needs to know.
+
+    Absolute paths shrink to their last part, names of user and host become `<user>` and `<host>`, and fields that hold
+    one of them or a directory of theirs are dropped.
+
+    Args:
+        record: Text, or anything JSON can hold.
+        names: Also replace the names of user and host. Not for text that is read again, such as a recipe: a host may
+            be called like one of its words.
+    """
+    if isinstance(record, dict):
+        return {key: scrub(value, names) for key, value in record.items() if str(key).lower() not in PERSONAL_KEYS}
+    if isinstance(record, list | tuple):
+        return [scrub(value, names) for value in record]
+    if not isinstance(record, str):
+        return record
+    text = ABSOLUTE_PATH.sub(lambda found: found.group().rstrip("/\\").rpartition("/")[2] or "<home>", record)
+    text = TOKEN.sub("<token>", text)
+    for kind, name in _own_names() if names else ():
+        text = re.sub(_whole(name), f"<{kind}>", text)
+    return text
+
+
+def find_traces(path: Path, name: str) -> list[str]:
+    """Secrets and traces of the machine in one file, when it is text: a line for each.
+
+    Args:
+        path: the file.
+        name: its path inside the folder, for the lines.
+    """
+    if path.suffix in (".safetensors", ".png"):
+        return []
+    try:
+        with path.open("rb") as file:
+            # What torch writes is large, and no text.
+            if b"\0" in file.read(4096):
+                return []
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return []
+    problems = [f"{name}: holds an access token ({found.group()[:6]}...)" for found in TOKEN.finditer(text)]
+    # Vocabularies are learnt from text, in which paths and names are ordinary words.
+    if name in ("tokenizer.json", "vocab.json", "merges.txt"):
+        return problems
+    # An escaped line break would hide that a path begins after it.
+    text = re.sub(r"\\[nrt]", "  ", text)
+    for found in ABSOLUTE_PATH.finditer(text):
+        problems.append(f"{name}:{text.count(chr(10), 0, found.start()) + 1}: holds an absolute path, {found.group()}")
+    # What the package writes from its own words is not searched for names: a host may be called like one of them.
+    if path.suffix == ".py" or name in OWN_WORDS:
+        return problems
+    if name == "run.json":
+        text = "\n".join(re.findall(r':\s*"([^"]*)"', text))
+    problems += [
+        f"{name}: holds this machine's {kind} name, {own}" for kind, own in _own_names() if re.search(_whole(own), text)
+    ]
+    return problems
+
+
+def _own_names() -> list[tuple[str, str]]:
+    """(kind, name) of this host and account, as far as they identify somebody."""
+    host = socket.gethostname()
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):
+        # A container may run under a number that no account has.
+        user = ""
+    names = dict.fromkeys([("host", host), ("host", host.partition(".")[0]), ("user", user)])
+    return [(kind, name) for kind, name in names if len(name) > 3 and name.lower() not in NAMES_OF_NOBODY]
+
+
+def _whole(name: str) -> str:
+    """Pattern of a name as a word; before a slash it is a namespace on the Hub, which is public anyway."""
+    return rf"(?<!\w){re.escape(name)}(?![\w/])"
