@@ -275,7 +275,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(document, dict):
-        raise RecipeError(f"{path}: not a recipe: the file must be a mapping with the sections {', '.join(SECTIONS)}.")
+        raise RecipeError(
+            f"{path}: not a recipe: the file must be a mapping with the sections {', '.join((*SECTIONS, *SIZES))}."
+        )
     return document
 
 

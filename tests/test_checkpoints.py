@@ -8,6 +8,7 @@ import sys
 import textwrap
 
 import pytest
+from huggingface_hub import HfApi
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,12 +17,14 @@ from rezero_hf.checkpoints import (
     IncompleteCheckpointError,
     begin_checkpoint,
     checkpoints_in,
+    fetch_checkpoint,
     finish_checkpoint,
     newest_complete,
     partial_of,
     rotate,
     verify_checkpoint,
 )
+from rezero_hf.errors import UserError
 
 
 FILES = {"model.safetensors": b"weights" * 99, "optimizer.pt": b"moments" * 99, "shards/part-0.bin": b"half"}
@@ -153,3 +156,25 @@ def test_a_damaged_folder_of_the_same_step_is_replaced(tmp_path):
     save(tmp_path, 5)
     assert verify_checkpoint(tmp_path / "checkpoint-5")["step"] == 5
     assert json.loads((tmp_path / "checkpoint-5" / MANIFEST).read_text())["files"].keys() == FILES.keys()
+
+
+def test_the_newest_whole_checkpoint_of_a_repository_is_fetched(hub, tmp_path):
+    """Damaged ones are passed over and named; one in shards, which needs a pickle, is refused; two that fetch get one."""
+    for step in (2, 4):
+        save(tmp_path / "made", step)
+    (tmp_path / "made" / "checkpoint-4" / "optimizer.pt").unlink()
+    HfApi().create_repo("me/run")
+    HfApi().upload_folder(repo_id="me/run", folder_path=tmp_path / "made")
+    for _ in range(2):
+        fetched = fetch_checkpoint("me/run@main", tmp_path / "run" / "checkpoints")
+        assert fetched == tmp_path / "run" / "checkpoints" / "checkpoint-2"
+        assert verify_checkpoint(fetched)["step"] == 2
+
+    sharded = begin_checkpoint(tmp_path / "shards" / "checkpoint-6")
+    (sharded / ".metadata").write_bytes(b"a pickle")
+    finish_checkpoint(tmp_path / "shards" / "checkpoint-6", {"step": 6, "resumable": True})
+    HfApi().upload_folder(repo_id="me/run", folder_path=tmp_path / "shards")
+    with pytest.raises(UserError, match="checkpoint-6 is in shards, whose description torch reads as a pickle"):
+        fetch_checkpoint("me/run", tmp_path / "other" / "checkpoints")
+    with pytest.raises(UserError, match="neither a folder nor a Hub repository"):
+        fetch_checkpoint("me/nothing", tmp_path / "other" / "checkpoints")

@@ -163,10 +163,10 @@ def test_the_script_runs_tunes_draws_and_goes_on(recipe, tmp_path):
     assert pictures == {"curves.png", "steps.png", "gates_rezero.png"}
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("run.json")}
     assert len(before) == 6
+    # Without the baseline's row there is no target; nor does a part replace the whole.
     done, again = reproduce(f"data.cache_dir={tmp_path / 'cache'}", "--only", "rezero")
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("run.json")} == before
     ours, theirs = ([line for line in shown if line.startswith("| rezero")] for shown in (again, lines))
-    # Without the baseline's row there is no target; nor does a part replace the whole.
     assert ours[0].split(" | ")[:4] == theirs[0].split(" | ")[:4]
     assert json.loads((tmp_path / "runs" / "result.json").read_text()) == result
 

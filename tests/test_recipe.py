@@ -82,7 +82,7 @@ def test_the_resolved_recipe_writes_out_every_default_and_loads_again(recipe, tm
         ("training.learning_rate=3e-4", r"='3e-4': expected float \(YAML reads 3e-4 as text; write 3.0e-4\)"),
         ("training.max_steps=many", "training.max_steps='many': expected int"),
         ("training.bf16=1", "training.bf16=1: expected bool"),
-        ("training.optimizer=sgd", "training.optimizer='sgd': expected one of adamw, lamb, muon"),
+        ("training.optimizer=adam", "training.optimizer='adam': expected one of adamw, adagrad, sgd, lamb, muon"),
         ("model.residual=zero", "model.residual='zero': expected one of rezero, rezero_pre_norm, pre_norm"),
         ("model.hidden_size=65", "hidden_size=65 is not a multiple of num_attention_heads=2"),
         ("model.vocab_size=64", "model.vocab_size=64 is smaller than the 259 ids of data.tokenizer='bytes'"),

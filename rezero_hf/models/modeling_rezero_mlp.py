@@ -156,6 +156,9 @@ class ReZeroMLPModel(ReZeroMLPPreTrainedModel):
 class ReZeroMLPForImageClassification(ReZeroMLPPreTrainedModel):
     """The network with a linear head over the classes."""
 
+    # Only one of the losses divides by the `num_items_in_batch` of a whole step; so Trainer averages all of them.
+    accepts_loss_kwargs = False
+
     def __init__(self, config: ReZeroMLPConfig):
         super().__init__(config)
         self.model = ReZeroMLPModel(config)
@@ -174,7 +177,6 @@ class ReZeroMLPForImageClassification(ReZeroMLPPreTrainedModel):
 
         Args:
             labels: (batch,), the class of each image, below `num_labels`.
-            kwargs: `num_items_in_batch` divides the summed loss (gradient accumulation).
 
         Returns:
             loss in nats per image when labels are given, and logits (batch, num_labels).
