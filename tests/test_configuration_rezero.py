@@ -31,6 +31,7 @@ CHANGED = {
     "embedding_std": 0.5,
     "embedding_multiplier": 3.0,
     "initializer_range": 0.02,
+    "output_init_scale": 0.1,
     "hidden_act": "relu",
     "gated_mlp": True,
     "attention_bias": False,
@@ -141,6 +142,13 @@ def test_json_round_trip(tmp_path):
             for value in (0.0, -1.0, float("nan"), float("inf"))
             for field in ("norm_eps", "embedding_std", "embedding_multiplier", "initializer_range")
         ),
+        *(
+            ("output_init_scale", value, f"output_init_scale={value}: must be a finite number, at least 0.")
+            for value in (-0.1, float("nan"), float("inf"))
+        ),
+        ("output_init_scale", 0,
+         "gate_init=0 with output_init_scale=0: alpha and F would both be 0 and hide each other's gradient for ever; "
+         "give one of them another value."),
         ("gate_init", float("inf"), "gate_init=inf: must be a finite number; 0 is ReZero."),
         ("gate_init", float("nan"), "gate_init=nan: must be a finite number; 0 is ReZero."),
         ("num_key_value_heads", 3, "num_attention_heads=8 is not a multiple of num_key_value_heads=3."),

@@ -187,6 +187,35 @@ def test_initializer_range_is_gpt2s_start(tiny_model):
             assert std(p) == pytest.approx(0.02, rel=0.03), name
 
 
+@pytest.mark.parametrize("initializer_range", [None, 0.02])
+def test_output_init_scale_is_a_factor_on_what_writes_into_the_stream(tiny_model, initializer_range):
+    """`o_proj` and `down_proj` start multiplied by it; every other parameter is drawn as without it."""
+    one, tenth = (tiny_model(initializer_range=initializer_range, output_init_scale=s) for s in (1.0, 0.1))
+    parameters = dict(tenth.named_parameters())
+    for name, p in one.named_parameters():
+        writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+        torch.testing.assert_close(parameters[name], p * 0.1 if writes else p)
+
+
+@pytest.mark.parametrize("residual", ["rezero", "rezero_pre_norm", "pre_norm", "plain"])
+def test_without_outputs_a_new_model_is_the_identity_with_open_gates(tiny_model, ids, residual):
+    """`output_init_scale=0` at an open gate: 12 layers are the identity bit for bit, the first backward reaches every matrix
+    that writes into the stream and no gate, and after one step the second reaches every parameter."""
+    model = tiny_model(num_hidden_layers=12, residual=residual, gate_init=0.5, output_init_scale=0)
+    assert torch.equal(model.model(ids).last_hidden_state, first_stream(model.model, ids))
+    model(ids, labels=ids).loss.backward()
+    for name, p in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            assert p.grad.any(), name
+        elif name.endswith("alpha"):
+            assert not p.grad.any(), name
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    model.zero_grad()
+    model(ids, labels=ids).loss.backward()
+    # A constant added to every key changes no attention weight: rounding decides whether its gradient is exactly 0.
+    assert not [name for name, p in model.named_parameters() if not p.grad.any() and "k_proj.bias" not in name]
+
+
 @kinds
 def test_the_stream_runs_through_the_layers(tiny_model, ids, kind):
     """`output_hidden_states` is the stream before each layer and the final one, each the layer's work on the one before."""

@@ -66,6 +66,13 @@ class ReZeroConfig(PreTrainedConfig):
             variance. A number draws every Linear's matrix with that standard deviation: 0.02 together with
             `embedding_std=0.02` and `embedding_multiplier=1` is GPT-2's start, for baselines. ReZero starves on it
             (gradients of alpha near 1e-5).
+        output_init_scale (`float`, default 1): factor on the initial matrices that write into the stream, `o_proj` and
+            `down_proj`. 0 needs a `gate_init` other than 0: F is 0 instead of alpha, and every layer is the identity
+            just the same. A gate that opens lets the noise of a random output in, and stays small to keep it out. On
+            bytes (12 layers, width 96, Muon at 4e-3, 500 steps, one seed, bits per byte) 1 with alpha = 0 ended at
+            2.257, 0.1 with gates at five times the rate at 2.153, 0 with alpha = 1 at 2.056; pre-norm at 2.182 with
+            1 and 2.124 with 0. At better rates for each, pre-norm with 0 and norm-free with 0 and alpha held at 0.25
+            ended within 0.012 of each other.
 
     Inside the branches:
         hidden_act (`str`, default `"gelu"`, the paper's): activation of the feed-forward net.
@@ -143,6 +150,7 @@ class ReZeroConfig(PreTrainedConfig):
     embedding_std: float | int = 1.0
     embedding_multiplier: float | int | None = None
     initializer_range: float | int | None = None
+    output_init_scale: float | int = 1.0
 
     hidden_act: str = "gelu"
     gated_mlp: bool = False
@@ -221,6 +229,14 @@ class ReZeroConfig(PreTrainedConfig):
         for field in ("norm_eps", "embedding_std", "embedding_multiplier", "initializer_range"):
             if getattr(self, field) is not None and not 0.0 < getattr(self, field) < math.inf:
                 raise ValueError(f"{field}={getattr(self, field)}: must be positive.")
+        if not 0.0 <= self.output_init_scale < math.inf:
+            raise ValueError(f"output_init_scale={self.output_init_scale}: must be a finite number, at least 0.")
+        gated = self.residual in ("rezero", "rezero_pre_norm")
+        if gated and self.gate_init == 0 and self.output_init_scale == 0:
+            raise ValueError(
+                "gate_init=0 with output_init_scale=0: alpha and F would both be 0 and hide each other's gradient for "
+                "ever; give one of them another value."
+            )
         if not math.isfinite(self.gate_init):
             raise ValueError(f"gate_init={self.gate_init}: must be a finite number; 0 is ReZero.")
 

@@ -72,6 +72,7 @@ class ReZeroAttention(nn.Module):
         self.k_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, width, bias=bias)
+        self.o_proj.init_scale = config.output_init_scale
         self.q_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
         self.dropout = nn.Dropout(config.hidden_dropout)
@@ -119,6 +120,7 @@ class ReZeroMLP(nn.Module):
         super().__init__()
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.down_proj.init_scale = config.output_init_scale
         self.act_fn = ACT2FN[config.hidden_act]
         self.dropout = nn.Dropout(config.hidden_dropout)
 
@@ -229,12 +231,17 @@ class ReZeroPreTrainedModel(PortablePreTrainedModel):
         | norms                 | 1 (as the library does, rotary buffers too)    | 0    |
         | residual forms        | alpha = gate_init                             |      |
 
-        `initializer_range`, when set, is the standard deviation of all Linears instead. Transformers never calls this
+        `initializer_range`, when set, is the standard deviation of all Linears instead, and `output_init_scale`
+        multiplies what is drawn for `o_proj` and `down_proj`. Transformers never calls this
         for modules of custom code that own no parameter themselves, so roles are tags on leaves.
         """
         std = self.config.initializer_range
         if isinstance(module, nn.Linear):
-            init.xavier_normal_(module.weight) if std is None else init.normal_(module.weight, std=std)
+            scale = getattr(module, "init_scale", 1.0)
+            if std is None:
+                init.xavier_normal_(module.weight, gain=scale)
+            else:
+                init.normal_(module.weight, std=scale * std)
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
