@@ -169,10 +169,16 @@ def study_card(result: dict[str, Any], figures: Sequence[str]) -> str:
 
 def studies_table(results: Iterable[dict[str, Any]]) -> str:
     """One line a study: what the paper reports of ReZero, what was measured of it, and of the best other row."""
-    lines = [
-        ["paper", "recipe", "reported for ReZero", "ReZero here", "best other row", "size, seeds, device"],
-        ["---"] * 6,
+    header = [
+        "paper",
+        "recipe",
+        "reported for ReZero",
+        "ReZero here",
+        "best other row",
+        "size, seeds, device",
+        "figure",
     ]
+    lines = [header, ["---"] * len(header)]
     for result in sorted(results, key=lambda result: result["name"]):
         sign = 1 if METRICS[result["metric"]] else -1
         last = _at(result["rows"][-1])
@@ -188,9 +194,17 @@ def studies_table(results: Iterable[dict[str, Any]]) -> str:
             f"{_headline(result, ours)}{where}",
             "" if best is None else f"{_headline(result, best)} ({best['label']})",
             f"{result['size']}, {len(result['seeds'])}, {'; '.join(result['device'])}",
+            f"[{_main_figure(result)}](model_cards/{result['name']}/figures/{_main_figure(result)}.png)",
         ]
         lines.append(cells)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _main_figure(result: dict[str, Any]) -> str:
+    """Of the pictures that `study_figures.draw` makes, the one that shows the study's claim."""
+    if "signal" in result["rows"][0]["runs"][0]:
+        return "spectra_start"
+    return "depths" if result["rows"][0]["at"] else "curves"
 
 
 def _headline(result: dict[str, Any], row: dict[str, Any]) -> str:
