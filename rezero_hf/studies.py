@@ -209,9 +209,10 @@ def run_study(
             for future in as_completed(tuned):
                 future.result()
         except BaseException:
+            workers = list((pool._processes or {}).values())
             pool.shutdown(wait=False, cancel_futures=True)
             # What runs now would else go on to its end, which may be hours away.
-            for worker in list(pool._processes.values()):
+            for worker in workers:
                 worker.terminate()
             raise
         return {name: future.result() for future, name in tuned.items()}

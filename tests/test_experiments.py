@@ -13,7 +13,7 @@ from rezero_hf import ReZeroTrainer
 from rezero_hf.errors import UserError
 from rezero_hf.experiments import run_experiment
 from rezero_hf.recipe import load_language_recipe, load_recipe
-from rezero_hf.studies import load_study
+from rezero_hf.studies import load_study, run_study
 
 
 ROOT = Path(__file__).parents[1]
@@ -169,6 +169,13 @@ def test_the_script_runs_tunes_draws_and_goes_on(recipe, tmp_path):
     ours, theirs = ([line for line in shown if line.startswith("| rezero")] for shown in (again, lines))
     assert ours[0].split(" | ")[:4] == theirs[0].split(" | ")[:4]
     assert json.loads((tmp_path / "runs" / "result.json").read_text()) == result
+
+
+def test_a_run_that_cannot_be_made_ends_the_study_with_one_line(recipe, tmp_path):
+    """The worker's own error comes out, and the others are not waited for."""
+    recipe.write_text(f"{TINY}study: {{item: a test, metric: loss, seeds: [0, 1], rows: {{a: {{label: a}}}}}}\n")
+    with pytest.raises(UserError, match="data.path is '/nowhere'"):
+        run_study(recipe, load_study(recipe), tmp_path / "runs", overrides=("data.path=/nowhere",))
 
 
 def test_an_image_recipe_is_not_for_the_pretraining_script(recipe):
