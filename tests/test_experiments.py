@@ -174,7 +174,7 @@ def test_the_script_runs_tunes_draws_and_goes_on(recipe, tmp_path):
 def test_a_run_that_cannot_be_made_ends_the_study_with_one_line(recipe, tmp_path):
     """The worker's own error comes out, and the others are not waited for."""
     recipe.write_text(f"{TINY}study: {{item: a test, metric: loss, seeds: [0, 1], rows: {{a: {{label: a}}}}}}\n")
-    with pytest.raises(UserError, match="data.path is '/nowhere'"):
+    with pytest.raises(UserError, match=r"data\.path is '/nowhere'"):
         run_study(recipe, load_study(recipe), tmp_path / "runs", overrides=("data.path=/nowhere",))
 
 
