@@ -17,7 +17,7 @@ The model is in {folder}, with its card and figures. Next:
   write text     {bin}/python -c "import rezero_hf; from transformers import pipeline; \
 print(pipeline('text-generation', '{folder}')('class ', max_new_tokens=200)[0]['generated_text'])"
   train longer   {bin}/accelerate launch --quiet --num_cpu_threads_per_process {threads} {again}
-  publish        {bin}/hf upload USER/NAME {folder}"""
+  publish        {bin}/python {publish} {folder} USER/NAME --push"""
 
 
 def sample(folder: Path, tokenizer: PreTrainedTokenizerBase, block: torch.Tensor) -> str:
@@ -47,4 +47,5 @@ def farewell(folder: Path, results: dict[str, dict[str, Any]], max_steps: int) -
     longer = [word for word in sys.argv[1:] if not word.startswith("training.max_steps=")]
     again = shlex.join([sys.argv[0], *longer, f"training.max_steps={2 * max_steps}"])
     where, bin = os.path.relpath(folder), os.path.relpath(Path(sys.executable).parent)
-    return "\n".join(lines) + "\n" + NEXT.format(folder=where, bin=bin, threads=cores(), again=again)
+    publish = shlex.quote(str(Path(sys.argv[0]).with_name("publish.py")))
+    return "\n".join(lines) + "\n" + NEXT.format(folder=where, bin=bin, threads=cores(), again=again, publish=publish)
