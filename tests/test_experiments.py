@@ -136,8 +136,8 @@ def test_a_run_that_diverges_is_a_result(recipe, tmp_path):
     assert run["steps"] < 6
 
 
-def test_the_script_runs_tunes_draws_and_goes_on(recipe, tmp_path):
-    """One command gives table, pictures and result; given again it repeats nothing; a mistake is one line."""
+def test_the_script_tunes_and_draws(recipe, tmp_path):
+    """One command gives table, pictures and a result without a path of this machine; every run is kept on its own."""
     study = {
         "item": "a test", "metric": "accuracy", "seeds": [0, 1], "extend": 0, "baseline": "plain", "target_at": 0.5,
         "search": {"training.learning_rate": [0.05, 0.1]},
@@ -145,15 +145,14 @@ def test_the_script_runs_tunes_draws_and_goes_on(recipe, tmp_path):
     }  # fmt: skip
     recipe.write_text(f"{TINY}study: {json.dumps(study)}\n")
 
-    def reproduce(*words):
-        command = [sys.executable, str(ROOT / "scripts" / "reproduce.py"), str(recipe), "--output", tmp_path / "runs"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [*command, "--jobs", "1", *words], env=environment, capture_output=True, text=True, check=False
-        )
-        return done, done.stdout.splitlines()
-
-    done, lines = reproduce(f"data.cache_dir={tmp_path / 'cache'}")
+    words = ["--output", tmp_path / "runs", "--jobs", "1", f"data.cache_dir={tmp_path / 'cache'}"]
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "reproduce.py", recipe, *words],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((tmp_path / "runs" / "result.json").read_text())
     assert [row["label"] for row in result["rows"]] == ["plain", "rezero"]
@@ -161,14 +160,8 @@ def test_the_script_runs_tunes_draws_and_goes_on(recipe, tmp_path):
     assert str(tmp_path) not in json.dumps(result)
     pictures = {path.name for path in (tmp_path / "runs" / "figures").iterdir()}
     assert pictures == {"curves.png", "steps.png", "gates_rezero.png"}
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("run.json")}
-    assert len(before) == 6
-    # Without the baseline's row there is no target; nor does a part replace the whole.
-    done, again = reproduce(f"data.cache_dir={tmp_path / 'cache'}", "--only", "rezero")
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("run.json")} == before
-    ours, theirs = ([line for line in shown if line.startswith("| rezero")] for shown in (again, lines))
-    assert ours[0].split(" | ")[:4] == theirs[0].split(" | ")[:4]
-    assert json.loads((tmp_path / "runs" / "result.json").read_text()) == result
+    assert len(list((tmp_path / "runs").rglob("run.json"))) == 6
+    assert done.stdout.count("| rezero |") == 1
 
 
 def test_a_run_that_cannot_be_made_ends_the_study_with_one_line(recipe, tmp_path):
