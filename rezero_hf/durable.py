@@ -1,7 +1,16 @@
-"""Files that are either whole on disk or not there: synced, then renamed."""
+"""Files that are either whole on disk or not there: synced, then renamed. Folders that one process writes for all."""
 
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import TypeVar
+
+from filelock import FileLock, Timeout
+
+
+T = TypeVar("T")
 
 
 def sync(path: Path) -> None:
@@ -24,3 +33,36 @@ def write_whole(path: Path, text: str) -> None:
     sync(partial)
     partial.replace(path)
     sync(path.parent)
+
+
+def written_once(folder: Path, mark: str, write: Callable[[], T], progress: bool) -> T | None:
+    """Have a folder written by this process, unless it is there, or another one is at it: then wait for that.
+
+    Whoever writes holds a file lock, which ends with its process.
+
+    Args:
+        folder: what `write` makes, by a rename when all of it is on disk.
+        mark: the file in it by which it is known to be there.
+        write: called with the lock held.
+        progress: say, once and where progress bars are, that this has to wait.
+
+    Returns:
+        What `write` returned; None if it was not called.
+    """
+    lock, waited = FileLock(folder.with_name(f"{folder.name}.lock")), False
+    # Looked at before the lock, so that a cache that can only be read will do.
+    while not (folder / mark).is_file():
+        try:
+            held = lock.acquire(timeout=1)
+        except Timeout:
+            if not waited and progress:
+                print(f"waiting for another process to prepare {folder}", file=sys.stderr, flush=True)
+            waited = True
+            continue
+        with held:
+            # A network file system may remember for half a minute that there was no such file, and looks again once the
+            # folder around it has changed.
+            NamedTemporaryFile(dir=folder.parent).close()
+            if not (folder / mark).is_file():
+                return write()
+    return None

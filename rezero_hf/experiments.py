@@ -4,14 +4,14 @@ A run that diverges is a result, not an error. A run that was finished is not re
 """
 
 import json
-import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedConfig, PreTrainedModel, set_seed
 
 from .arguments import ReZeroTrainingArguments, sequences_per_step
 from .checkpoints import newest_complete
@@ -26,12 +26,16 @@ from .optim import gates
 from .recipe import Recipe, changed_words
 from .runs import now, provenance, read_metrics
 from .tokenization import load_tokenizer, token_byte_lengths
-from .training import ReZeroTrainer, training_steps
+from .training import ReZeroTrainer, steps_over, training_steps
 from .watch import NotFiniteError
 
 
 RECORD = "run.json"
-IMAGE_MODELS = {"rezero_resnet": ReZeroResNetForImageClassification, "rezero_mlp": ReZeroMLPForImageClassification}
+MODELS = {
+    "rezero": ReZeroForCausalLM,
+    "rezero_resnet": ReZeroResNetForImageClassification,
+    "rezero_mlp": ReZeroMLPForImageClassification,
+}
 # What of an evaluation's row is kept: the gates are kept once, and what was measured on is the same every time.
 CURVE = ("step", "training_seconds", "loss", "bits_per_byte", "accuracy")
 # What a heat map can still show, and a committed file hold.
@@ -44,19 +48,17 @@ class _Setting(NamedTuple):
     """What one run needs, whatever the family.
 
     Attributes:
-        model: freshly drawn.
-        words: further arguments of the trainer: its data sets, and how it measures.
+        config: of the model.
+        words: arguments of the trainer besides: its data sets, and how it measures.
         held_out: split -> rows to measure at the end.
-        resolved: the recipe with every default.
-        flops_per_row: of training on one row of the data.
+        flops: of training the model on one row of the data.
         data: what was read (JSON).
     """
 
-    model: PreTrainedModel
+    config: PreTrainedConfig
     words: dict[str, Any]
     held_out: dict[str, Dataset]
-    resolved: str
-    flops_per_row: int
+    flops: Callable[[PreTrainedModel], int]
     data: dict[str, Any]
 
 
@@ -83,18 +85,19 @@ def run_experiment(recipe: Recipe, folder: str | Path, signal: bool = False, gat
     """
     folder = Path(folder)
     args = recipe.training_arguments(folder / "checkpoints")
-    record = provenance(args.device)
-    set_seed(args.seed)
     setting = _text(recipe, args) if recipe.model_type == "rezero" else _images(recipe, args)
-    known = _finished(folder, setting.resolved, {"signal": signal, "gates_off": gates_off})
+    resolved = recipe.resolved(setting.config)
+    known = _finished(folder, resolved, {"signal": signal, "gates_off": gates_off})
     if known is not None:
         return known
-    resumes = _is_interrupted(folder, setting.resolved)
+    record = provenance(args.device)
+    resumes = _is_interrupted(folder, resolved)
     if not resumes:
         shutil.rmtree(folder, ignore_errors=True)
-        write_whole(folder / "recipe.yaml", setting.resolved)
+        write_whole(folder / "recipe.yaml", resolved)
 
-    model, diverged = setting.model, None
+    set_seed(args.seed)
+    model, diverged = MODELS[recipe.model_type](setting.config), None
     trainer = ReZeroTrainer(model, args, run_dir=folder, **setting.words)
     probe = trainer.data_collator([trainer.train_dataset[row] for row in range(SIGNAL_ROWS)])
     signals = {"start": signal_record(model, probe)} if signal else {}
@@ -110,12 +113,12 @@ def run_experiment(recipe: Recipe, folder: str | Path, signal: bool = False, gat
     evaluations = [row for row in read_metrics(trainer.log_file) if row["event"] == "eval"]
     record |= {
         "finished": now(),
-        "recipe": setting.resolved,
+        "recipe": resolved,
         "seed": args.seed,
         "data": setting.data,
         "parameters": model.num_parameters(),
         "steps": trainer.state.global_step,
-        "flops": trainer.state.global_step * sequences_per_step(args) * setting.flops_per_row,
+        "flops": trainer.state.global_step * sequences_per_step(args) * setting.flops(model),
         "training_seconds": seconds,
         "threads": torch.get_num_threads(),
         "peak_memory_bytes": trainer.throughput.peak_memory(),
@@ -180,11 +183,10 @@ def _text(recipe: Recipe, args: ReZeroTrainingArguments) -> _Setting:
     }
     length = recipe.data.block_size
     return _Setting(
-        ReZeroForCausalLM(config),
+        config,
         words,
         held_out_blocks(prepared, args.final_eval_blocks),
-        recipe.resolved(config),
-        length * flops_per_token(config, length),
+        lambda model: length * flops_per_token(config, length),
         prepared.record(),
     )
 
@@ -192,9 +194,7 @@ def _text(recipe: Recipe, args: ReZeroTrainingArguments) -> _Setting:
 def _images(recipe: Recipe, args: ReZeroTrainingArguments) -> _Setting:
     images = prepare_images(recipe.data)
     config = recipe.image_config(images)
-    if args.max_steps < 1:
-        args.max_steps = math.ceil(args.num_train_epochs * len(images.split("train")) / sequences_per_step(args))
-    model = IMAGE_MODELS[recipe.model_type](config)
+    args.max_steps = steps_over(args, len(images.split("train")))
     words = {
         "train_dataset": TrainImages(images, args.seed, args.max_steps * sequences_per_step(args)),
         "eval_dataset": EvalImages(images, "validation"),
@@ -202,4 +202,4 @@ def _images(recipe: Recipe, args: ReZeroTrainingArguments) -> _Setting:
     }
     held_out = {split: EvalImages(images, split) for split in ("train", "validation", "test")}
     pixels = held_out["validation"][0]["pixel_values"]
-    return _Setting(model, words, held_out, recipe.resolved(config), flops_per_image(model, pixels), images.record())
+    return _Setting(config, words, held_out, lambda model: flops_per_image(model, pixels), images.record())

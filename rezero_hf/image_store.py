@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 from tqdm.auto import tqdm
 
-from .durable import sync, write_whole
+from .durable import sync, write_whole, written_once
 from .image_sources import ImageSource, LabelledImage
 from .sources import DataError, explained
 
@@ -34,30 +33,29 @@ def write_images(folder: Path, source: ImageSource, inputs: dict[str, Any], prog
     Raises:
         DataError: the source cannot be read, or its images differ in shape.
     """
-    # Before the lock, so that a cache that can only be read will do.
-    if (folder / INDEX_NAME).is_file():
-        return
-    with FileLock(folder.with_name(f"{folder.name}.lock")):
-        if (folder / INDEX_NAME).is_file():
-            return
-        partial = folder.parent / f".{folder.name}.partial"
+    written_once(folder, INDEX_NAME, lambda: _write(folder, source, inputs, progress), progress)
+
+
+def _write(folder: Path, source: ImageSource, inputs: dict[str, Any], progress: bool) -> None:
+    """Write beside `folder`, then rename."""
+    partial = folder.parent / f".{folder.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        start = time.monotonic()
+        classes, splits = source.read()
+        writer = _Writer(partial, source.label, progress)
+        index = {"fingerprint": folder.name, "inputs": inputs, "classes": classes}
+        index["splits"] = {split: writer.write(split, images) for split, images in splits.items()}
+        index |= {"shape": writer.shape, "seconds": round(time.monotonic() - start, 1)}
+        write_whole(partial / INDEX_NAME, json.dumps(index, indent=1))
+    except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        try:
-            start = time.monotonic()
-            classes, splits = source.read()
-            writer = _Writer(partial, source.label, progress)
-            index = {"fingerprint": folder.name, "inputs": inputs, "classes": classes}
-            index["splits"] = {split: writer.write(split, images) for split, images in splits.items()}
-            index |= {"shape": writer.shape, "seconds": round(time.monotonic() - start, 1)}
-            write_whole(partial / INDEX_NAME, json.dumps(index, indent=1))
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        # Without an index this is somebody's half-deleted copy.
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-        sync(folder.parent)
+        raise
+    # Without an index this is somebody's half-deleted copy.
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    sync(folder.parent)
 
 
 class _Writer:

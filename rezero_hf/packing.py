@@ -15,15 +15,13 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any, NamedTuple
 
 import numpy as np
-from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .durable import sync, write_whole
+from .durable import sync, write_whole, written_once
 from .runs import cores
 from .shards import INDEX_NAME, ShardWriter
 from .sources import SPLITS, Corpus, Piece
@@ -51,22 +49,8 @@ def write_shards(
     Returns:
         Bytes of text that this process tokenized.
     """
-    lock, waited = FileLock(folder.with_name(f"{folder.name}.lock")), False
-    while not (folder / INDEX_NAME).is_file():
-        try:
-            held = lock.acquire(timeout=1)
-        except Timeout:
-            if not waited:
-                _say(f"waiting for another process to prepare {folder}", progress)
-            waited = True
-            continue
-        with held:
-            # A network file system may remember for half a minute that there was no index, and looks again once the
-            # folder around it has changed.
-            NamedTemporaryFile(dir=folder.parent).close()
-            if not (folder / INDEX_NAME).is_file():
-                return _write(folder, corpora, tokenizer, inputs, progress)
-    return 0
+    write = lambda: _write(folder, corpora, tokenizer, inputs, progress)  # noqa: E731
+    return written_once(folder, INDEX_NAME, write, progress) or 0
 
 
 def _write(

@@ -32,6 +32,8 @@ JOURNAL = "pushes.jsonl"
 PATIENCE, LAST_PATIENCE, STOP_PATIENCE = 3600.0, 900.0, 15.0
 # Seconds more that a push has to say why it gave up.
 LAST_WORDS = 10.0
+# Strategies under which training checkpoints go with the model.
+WITH_CHECKPOINTS = (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
 # One push: a request as JSON is its last argument.
 COMMAND = (sys.executable, "-m", "rezero_hf.push_queue")
 
@@ -68,7 +70,7 @@ class PushQueue(TrainerCallback):
     @property
     def pushes_checkpoints(self) -> bool:
         """Whether training checkpoints go with the model."""
-        return self.strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
+        return self.strategy in WITH_CHECKPOINTS
 
     def on_step_end(self, args, state, control, **kwargs):
         self._advance()
@@ -87,6 +89,11 @@ class PushQueue(TrainerCallback):
                 # Torn by a kill.
                 continue
         return rows
+
+    @property
+    def arrived(self) -> bool:
+        """Whether the last push that ended is on the Hub."""
+        return "commit" in next(iter(self.rows()[-1:]), {})
 
     def saved(self, checkpoint: Path) -> None:
         """Have a finished checkpoint pushed, if the strategy is to."""
@@ -129,7 +136,7 @@ class PushQueue(TrainerCallback):
         self.put(model, step)
         print(f"pushing {model} to {self.repository} ...", flush=True)
         line = self.close(LAST_PATIENCE, grace=60.0)
-        if line is None or " is not on the Hub" in line:
+        if not self.arrived:
             line = f"{line}\npush it later: python scripts/publish.py {model} {self.repository} --push"
         return line
 

@@ -13,7 +13,7 @@ from .errors import UserError
 from .export import caching, describe_folder, write_records
 from .hub import user_section
 from .publishing import Repository, check_access
-from .push_queue import JOURNAL, LAST_PATIENCE, PushQueue
+from .push_queue import JOURNAL, LAST_PATIENCE, WITH_CHECKPOINTS, PushQueue
 from .resuming import ResumableTrainer
 from .together import on_main
 
@@ -63,7 +63,9 @@ class PushingTrainer(ResumableTrainer):
     def train(self, *args, **kwargs):
         done = super().train(*args, **kwargs)
         if self.pushes is not None and self.waits_for_pushes:
-            print(self.pushes.stop() if self.told_to_stop else self.pushes.close(LAST_PATIENCE), flush=True)
+            line = self.pushes.stop() if self.told_to_stop else self.pushes.close(LAST_PATIENCE)
+            if line is not None:
+                print(line, flush=True)
         return done
 
     def restore_progress(self) -> None:
@@ -120,7 +122,7 @@ class PushingTrainer(ResumableTrainer):
                 "push_to_hub during training needs whole weights, and FSDP's SHARDED_STATE_DICT saves shards: choose "
                 "FULL_STATE_DICT in accelerate's file, or training.hub_strategy=end."
             )
-        if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS) and self.args.save_only_model:
+        if strategy in WITH_CHECKPOINTS and self.args.save_only_model:
             raise UserError(f"hub_strategy={strategy.value} pushes what a run goes on from: set save_only_model=false.")
         if self.is_world_process_zero():
             self.pushes = PushQueue(self._repository(), Path(folder) / JOURNAL, self.args.output_dir, strategy)
@@ -152,7 +154,7 @@ class PushingTrainer(ResumableTrainer):
             self.pushes.put(folder, self.state.global_step, commit_message)
             shutil.rmtree(folder, ignore_errors=True)
             line = self.pushes.close(LAST_PATIENCE) if blocking else None
-            if line is not None and " is not on the Hub" in line:
+            if blocking and not self.pushes.arrived:
                 raise UserError(line)
             return line
 

@@ -19,17 +19,17 @@ def checked(values: dict[str, Any], cls: type, where: str) -> dict[str, Any]:
     """The values, each checked against the dataclass field of its name."""
     types = field_types(cls)
     check_names(values, types, f"{where}: key")
-    checked = {}
+    found = {}
     for name, value in values.items():
         expected = types[name]
         members = typing.get_args(expected) or (expected,)
-        checked[name] = _as_meant(value, members)
+        found[name] = _as_meant(value, members)
         try:
-            type_validator(name, checked[name], expected)
+            type_validator(name, found[name], expected)
         except TypeError as error:
             hint = " (YAML reads 3e-4 as text; write 3.0e-4)" if isinstance(value, str) and _is_number(value) else ""
             raise RecipeError(f"{where}.{name}={value!r}: expected {_describe(expected)}{hint}.") from error
-    return checked
+    return found
 
 
 def _as_meant(value: Any, members: tuple) -> Any:

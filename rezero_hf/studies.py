@@ -62,8 +62,8 @@ class Study:
         extend: how many values may be added to each end of such a list.
         seeds: the first is tuned with, all are run with what was chosen.
         baseline: the row that speed-ups are against.
-        target: a value of the metric, or the share of the baseline's steps at which it is read off the baseline's mean
-            curve; steps and seconds to reach it are compared. None compares ends alone.
+        target: a value of the metric; steps and seconds to reach it are compared. None compares ends alone, unless
+        target_at: the share of the baseline's steps at which the target is read off the baseline's mean curve.
         signal: record how signals travel, too (`diagnostics.signal_record`).
         toy: also draw the paper's toy model of depth.
         gates_off: measure the trained model once more with every alpha at 0: what its layers are worth.
@@ -115,7 +115,7 @@ class Cell:
     @property
     def name(self) -> str:
         """Of the folder of its runs."""
-        return ",".join([self.row, *(f"{_short(key)}={value}" for key, value in self.at.items())])
+        return ",".join([self.row, *(f"{short(key)}={value}" for key, value in self.at.items())])
 
 
 def load_study(path: str | Path, size: str = "cpu") -> Study:
@@ -159,8 +159,7 @@ def run_study(
     *,
     only: str | None = None,
     overrides: tuple[str, ...] = (),
-    smoke: bool = False,
-    full: bool = False,
+    size: str = "cpu",
     jobs: int = 1,
     tell: Callable[[str], None] = print,
 ) -> dict[str, list[dict[str, Any]]]:
@@ -172,7 +171,7 @@ def run_study(
         folder: of all its runs, one folder each; those that are finished are read, not repeated.
         only: one row's name.
         overrides: `section.key=value` over the recipe, for all runs.
-        smoke, full: the recipe's size.
+        size: the recipe's: `cpu`, `smoke` or `full`.
         jobs: runs at a time, each on its share of the cores. On a GPU 1.
         tell: called with a line for every run that ends.
 
@@ -185,7 +184,7 @@ def run_study(
     """
     cells = [cell for cell in study.cells() if only in (None, cell.row)]
     threads = max(1, torch.get_num_threads() // jobs)
-    words = {"smoke": smoke, "full": full, "signal": study.signal, "gates_off": study.gates_off}
+    words = {"size": size, "signal": study.signal, "gates_off": study.gates_off}
     ours = {"training.seed", *study.across, *study.search}
     ours |= {key for row in study.rows.values() for key in (*row.set, *row.search)}
     for text in overrides:
@@ -200,7 +199,7 @@ def run_study(
 
         def start(cell: Cell, setting: dict[str, Any], seed: int) -> Future:
             named = {**setting, "training.seed": seed}
-            place = Path(folder) / cell.name / ",".join(f"{_short(key)}={value}" for key, value in named.items())
+            place = Path(folder) / cell.name / ",".join(f"{short(key)}={value}" for key, value in named.items())
             changes = [*_overrides({**cell.at, **cell.spec.set, **named}), *overrides]
             return pool.submit(_run, str(path), changes, str(place), **words)
 
@@ -298,7 +297,7 @@ def score(run: dict[str, Any], metric: str) -> float:
 
 def _line(study: Study, cell: Cell, run: dict[str, Any]) -> str:
     value = "diverged" if run["diverged"] else f"{run['results']['validation'][study.metric]:.4f}"
-    words = ", ".join(f"{_short(key)}={value}" for key, value in run["set"].items())
+    words = ", ".join(f"{short(key)}={value}" for key, value in run["set"].items())
     return f"{cell.name}  {words}  seed {run['seed']}: {value}  ({run['training_seconds']:.0f} s)"
 
 
@@ -307,9 +306,10 @@ def _start_worker(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def _run(path: str, overrides: list[str], folder: str, smoke: bool, full: bool, **measures: bool) -> dict[str, Any]:
+def _run(path: str, overrides: list[str], folder: str, size: str, **measures: bool) -> dict[str, Any]:
     """One run, in a process of the pool."""
-    return run_experiment(load_recipe(path, overrides, smoke, full), folder, **measures)
+    recipe = load_recipe(path, overrides, smoke=size == "smoke", full=size == "full")
+    return run_experiment(recipe, folder, **measures)
 
 
 def _overrides(words: dict[str, Any]) -> list[str]:
@@ -323,7 +323,8 @@ def _product(across: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
     return (dict(zip(across, values, strict=True)) for values in itertools.product(*across.values()))
 
 
-def _short(key: str) -> str:
+def short(key: str) -> str:
+    """A dotted word without its section."""
     return key.rpartition(".")[2]
 
 

@@ -1,6 +1,5 @@
 """Pictures of a study, drawn from its result: curves, times to the target, ends against depth, gates."""
 
-import math
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -9,8 +8,8 @@ import numpy as np
 
 from .figures import BLUE, GREY, VERMILION, gate_history, gate_map, log_ticks, new_figure, save, whole_ticks
 from .signal_figures import norm_curves, singular_value_histograms, toy_contours
-from .studies import METRICS
-from .study_results import UNITS
+from .studies import METRICS, short
+from .study_results import UNITS, finite, place_of
 from .toy_model import toy_landscape
 
 
@@ -30,7 +29,7 @@ def draw(result: dict[str, Any], folder: str | Path) -> list[Path]:
         The paths written.
     """
     folder, drawn = Path(folder), []
-    across = len({_at(row) for row in result["rows"]}) > 1
+    across = len({place_of(row) for row in result["rows"]}) > 1
     if not across and any(run["curve"] for row in result["rows"] for run in row["runs"]):
         drawn.append(curves(result, folder / "curves.png"))
     if result["target"] is not None and not across:
@@ -66,18 +65,17 @@ def curves(result: dict[str, Any], path: str | Path) -> Path:
     figure, axes = new_figure(4.8, 2)
     shown: list[float] = []
     for number, row in enumerate(result["rows"]):
-        colour, dash = COLOURS[number % len(COLOURS)], DASHES[number // len(COLOURS) % len(DASHES)]
-        runs = [[point for point in run["curve"] if _finite(point.get(metric))] for run in row["runs"]]
-        runs = [points for points in runs if points]
+        look = _line(number)
+        runs = [points for run in row["runs"] if (points := finite(run["curve"], metric))]
         if not runs:
-            axes[0].plot([], [], color=colour, linestyle=dash, label=f"{row['label']} (diverged)")
+            axes[0].plot([], [], **look, label=f"{row['label']} (diverged)")
             continue
         for ax, key in zip(axes, ("step", "training_seconds"), strict=True):
             length = min(map(len, runs))
             at = [fmean(points[place][key] for points in runs) for place in range(length)]
             values = np.array([[points[place][metric] for points in runs] for place in range(length)])
-            ax.plot(at, values.mean(1), color=colour, linestyle=dash, linewidth=1.7, label=row["label"])
-            ax.fill_between(at, values.min(1), values.max(1), color=colour, alpha=0.15, linewidth=0)
+            ax.plot(at, values.mean(1), **look, linewidth=1.7, label=row["label"])
+            ax.fill_between(at, values.min(1), values.max(1), color=look["color"], alpha=0.15, linewidth=0)
             shown += values.ravel().tolist()
     if result["target"] is not None:
         for ax in axes:
@@ -118,11 +116,11 @@ def depths(result: dict[str, Any], path: str | Path) -> Path:
     """What each row ends with, against the word it was run across: mean, range of seeds, a cross where it diverged."""
     names = list(dict.fromkeys(row["label"] for row in result["rows"]))
     values = list(dict.fromkeys(next(iter(row["at"].values())) for row in result["rows"]))
-    key = next(iter(result["rows"][0]["at"])).rpartition(".")[2].replace("_", " ")
+    key = short(next(iter(result["rows"][0]["at"]))).replace("_", " ")
     figure, ax = new_figure(4.6)
     shown: list[float] = []
     for number, name in enumerate(names):
-        colour, dash = COLOURS[number % len(COLOURS)], DASHES[number // len(COLOURS) % len(DASHES)]
+        look, colour = _line(number), _line(number)["color"]
         points, lost = {}, []
         for row in (row for row in result["rows"] if row["label"] == name):
             place = values.index(next(iter(row["at"].values())))
@@ -132,7 +130,7 @@ def depths(result: dict[str, Any], path: str | Path) -> Path:
             else:
                 lost.append(place)
         at = sorted(points)
-        ax.plot(at, [fmean(points[p]) for p in at], color=colour, linestyle=dash, marker="o", markersize=4, label=name)
+        ax.plot(at, [fmean(points[p]) for p in at], **look, marker="o", markersize=4, label=name)
         ax.vlines(at, [min(points[p]) for p in at], [max(points[p]) for p in at], color=colour, linewidth=2, alpha=0.5)
         shown += [value for found in points.values() for value in found]
         offset = 0.06 * (number - len(names) / 2)
@@ -153,9 +151,6 @@ def depths(result: dict[str, Any], path: str | Path) -> Path:
     return save(figure, path)
 
 
-def _at(row: dict[str, Any]) -> tuple:
-    return tuple(row["at"].items())
-
-
-def _finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
+def _line(number: int) -> dict[str, str]:
+    """How the row of that number is drawn."""
+    return {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number // len(COLOURS) % len(DASHES)]}

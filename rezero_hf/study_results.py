@@ -5,8 +5,10 @@ from collections.abc import Iterable, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
-from .experiments import CURVE
-from .studies import METRICS, Cell, Study
+import numpy as np
+
+from .markdown import table as markdown_table
+from .studies import METRICS, Cell, Study, short
 from .traces import scrub
 
 
@@ -22,8 +24,6 @@ paper; it is of another size, so only the order of rows compares.
 
 {pictures}
 
-| how it was made | |
-| --- | --- |
 {how}
 
 Made from `model_cards/results/{source}` by `scripts/report.py`, like every number here.
@@ -66,6 +66,11 @@ def summarise(name: str, size: str, study: Study, runs: dict[str, list[dict[str,
     return scrub({**result, "complete": len(cells) == len(study.cells()), "target": target, "rows": rows})
 
 
+def result_name(result: dict[str, Any]) -> str:
+    """What a committed study's file and page are called: each size has its own."""
+    return result["name"] + ("" if result["size"] == "cpu" else f"-{result['size']}")
+
+
 def _distinct(values: Iterable[Any]) -> list[Any]:
     found = []
     for value in values:
@@ -81,7 +86,7 @@ def first_at(curve: list[dict[str, Any]], metric: str, target: float) -> dict[st
         `steps` and `seconds`; None if it never does.
     """
     sign = 1 if METRICS[metric] else -1
-    points = _finite(curve, metric)
+    points = finite(curve, metric)
     for before, after in zip([points[0], *points] if points else [], points, strict=False):
         if sign * (after[metric] - target) <= 0:
             change = before[metric] - after[metric]
@@ -96,23 +101,22 @@ def study_table(result: dict[str, Any]) -> str:
     unit, aimed = UNITS[result["metric"]], result["target"] is not None
     header = ["row", "reported", f"validation ({unit})", "test", "seconds"]
     header[4:4] = [f"steps to {result['target']:.3g}", "speed-up", "seconds to it"] if aimed else []
-    off, signal = (
-        any(word in run for row in result["rows"] for run in row["runs"]) for word in ("gates_off", "signal")
-    )
-    header += ["all alpha 0", "seconds a step", "peak memory"] * off + [
-        "chi at the start",
-        "lost",
-        "chi at the end",
-        "lost",
-    ] * signal
-    lines = [[*header, "tuned to"]]
-    base = {_at(row): row for row in result["rows"] if row["row"] == result["baseline"]}
+    measured = {word for row in result["rows"] for run in row["runs"] for word in run}
+    off, signal = "gates_off" in measured, "signal" in measured
+    header += ["all alpha 0", "seconds a step", "peak memory"] if off else []
+    header += ["chi at the start", "lost", "chi at the end", "lost"] if signal else []
+    lines = []
+    base = {place_of(row): row for row in result["rows"] if row["row"] == result["baseline"]}
     for row in result["rows"]:
         finished = [run for run in row["runs"] if not run["diverged"]]
-        label = ", ".join([row["label"], *(f"{key.rpartition('.')[2]} {value}" for key, value in row["at"].items())])
+        label = ", ".join([row["label"], *(f"{short(key)} {value}" for key, value in row["at"].items())])
         cells = [label, row["reported"] or "", _values(row["runs"], "value"), _values(row["runs"], "test")]
         if aimed:
-            cells += [_reach(row["runs"], "steps"), _speed_up(row, base.get(_at(row))), _reach(row["runs"], "seconds")]
+            cells += [
+                _reach(row["runs"], "steps"),
+                _speed_up(row, base.get(place_of(row))),
+                _reach(row["runs"], "seconds"),
+            ]
         cells.append(f"{fmean(run['training_seconds'] for run in finished):.0f}" if finished else "")
         if off:
             without = [run["gates_off"].get(result["metric"]) for run in row["runs"] if run.get("gates_off")]
@@ -122,8 +126,7 @@ def study_table(result: dict[str, Any]) -> str:
         if signal:
             cells += [text for moment in ("start", "end") for text in _spectrum(row, moment)]
         lines.append([*cells, _chosen(row)])
-    lines.insert(1, ["---"] * len(lines[0]))
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table([*header, "tuned to"], lines)
 
 
 def _spectrum(row: dict[str, Any], moment: str) -> tuple[str, str]:
@@ -155,21 +158,20 @@ def study_card(result: dict[str, Any], figures: Sequence[str]) -> str:
         "commits": ", ".join(commits) or "unknown",
     }
     pictures = "\n\n".join(f"![{name.partition('.')[0]}](figures/{name})" for name in figures)
-    how = "\n".join(f"| {label} | {value} |" for label, value in facts.items())
     tuning = TUNED if any(row["chosen"] for row in result["rows"]) else NOT_TUNED
     return CARD.format(
         tuning=tuning,
         item=result["item"],
         table=study_table(result),
         pictures=pictures,
-        how=how,
-        source=f"{result['name']}.json",
+        how=markdown_table(("how it was made", ""), facts),
+        source=f"{result_name(result)}.json",
     )
 
 
 def studies_table(results: Iterable[dict[str, Any]]) -> str:
     """One line a study: what the paper reports of ReZero, what was measured of it, and of the best other row."""
-    header = [
+    header = (
         "paper",
         "recipe",
         "reported for ReZero",
@@ -177,27 +179,28 @@ def studies_table(results: Iterable[dict[str, Any]]) -> str:
         "best other row",
         "size, seeds, device",
         "figure",
-    ]
-    lines = [header, ["---"] * len(header)]
+    )
+    lines = []
     for result in sorted(results, key=lambda result: result["name"]):
         sign = 1 if METRICS[result["metric"]] else -1
-        last = _at(result["rows"][-1])
-        rows = [row for row in result["rows"] if _at(row) == last]
+        last = place_of(result["rows"][-1])
+        rows = [row for row in result["rows"] if place_of(row) == last]
         ours = next((row for row in rows if row["row"] == "rezero"), rows[-1])
         others = [row for row in rows if row is not ours and any(run["value"] is not None for run in row["runs"])]
         best = min(others, key=lambda row: sign * _mean(row), default=None)
-        where = "".join(f", {key.rpartition('.')[2]} {value}" for key, value in last)
+        page = f"model_cards/{result_name(result)}"
+        where = "".join(f", {short(key)} {value}" for key, value in last)
         cells = [
-            f"[{result['item']}](model_cards/{result['name']}/README.md)",
+            f"[{result['item']}]({page}/README.md)",
             f"[{result['name']}](scripts/recipes/{result['name']}.yaml)",
             ours["reported"] or "",
             f"{_headline(result, ours)}{where}",
             "" if best is None else f"{_headline(result, best)} ({best['label']})",
             f"{result['size']}, {len(result['seeds'])}, {'; '.join(result['device'])}",
-            f"[{_main_figure(result)}](model_cards/{result['name']}/figures/{_main_figure(result)}.png)",
+            f"[{_main_figure(result)}]({page}/figures/{_main_figure(result)}.png)",
         ]
         lines.append(cells)
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table(header, lines) or ""
 
 
 def _main_figure(result: dict[str, Any]) -> str:
@@ -221,7 +224,7 @@ def _mean(row: dict[str, Any]) -> float:
 def _reached(result: dict[str, Any], row: dict[str, Any]) -> str:
     if result["target"] is None:
         return ""
-    base = next((r for r in result["rows"] if r["row"] == result["baseline"] and _at(r) == _at(row)), None)
+    base = next((r for r in result["rows"] if r["row"] == result["baseline"] and place_of(r) == place_of(row)), None)
     ratio = _speed_up(row, base)
     return f"; {_reach(row['runs'], 'steps')} steps to {result['target']:.3g}" + (f", {ratio}" if ratio else "")
 
@@ -236,7 +239,7 @@ def _row(study: Study, cell: Cell, runs: list[dict[str, Any]]) -> dict[str, Any]
         values = sorted({words[key] for words in beside if isinstance(words[key], int | float)})
         if len(values) > 1:
             inside[key] = values[0] < value < values[-1]
-    kept = ("seed", "parameters", "steps", "flops", "training_seconds", "peak_memory_bytes", "diverged")
+    kept = ("seed", "parameters", "steps", "flops", "training_seconds", "peak_memory_bytes", "diverged", "curve")
     kept += ("signal", "gates_off", "threads")
     return {
         "row": cell.row,
@@ -250,7 +253,6 @@ def _row(study: Study, cell: Cell, runs: list[dict[str, Any]]) -> dict[str, Any]
         "runs": [
             {word: run[word] for word in kept if word in run}
             | {"value": _value(run, study.metric), "test": _value(run, study.metric, "test")}
-            | {"curve": [{word: point[word] for word in CURVE if word in point} for point in run["curve"]]}
             | ({"alpha": run["alpha"]} if run["seed"] == study.seeds[0] else {})
             for run in chosen
         ],
@@ -268,25 +270,18 @@ def _target(study: Study, rows: list[dict[str, Any]]) -> float | None:
     if study.target_at is None or base is None:
         return study.target
     at = study.target_at * max(run["steps"] for run in base["runs"])
-    curves = [_finite(run["curve"], study.metric) for run in base["runs"] if not run["diverged"]]
-    values = [_at_step(curve, study.metric, at) for curve in curves if curve]
-    return fmean(values) if values else None
+    curves = [finite(run["curve"], study.metric) for run in base["runs"] if not run["diverged"]]
+    read = [[[point[word] for point in curve] for word in ("step", study.metric)] for curve in curves if curve]
+    return fmean(float(np.interp(at, *points)) for points in read) if read else None
 
 
-def _finite(curve: list[dict[str, Any]], metric: str) -> list[dict[str, Any]]:
+def finite(curve: list[dict[str, Any]], metric: str) -> list[dict[str, Any]]:
+    """The points of a curve at which the metric was measured and is a number."""
     return [point for point in curve if point.get(metric) is not None and math.isfinite(point[metric])]
 
 
-def _at_step(curve: list[dict[str, Any]], metric: str, step: float) -> float:
-    before = max((point for point in curve if point["step"] <= step), key=lambda point: point["step"], default=curve[0])
-    after = min((point for point in curve if point["step"] >= step), key=lambda point: point["step"], default=curve[-1])
-    if after["step"] == before["step"]:
-        return after[metric]
-    share = (step - before["step"]) / (after["step"] - before["step"])
-    return before[metric] + share * (after[metric] - before[metric])
-
-
-def _at(row: dict[str, Any]) -> tuple:
+def place_of(row: dict[str, Any]) -> tuple:
+    """At which value of `across` a row stands; one without is nowhere."""
     return tuple(row["at"].items())
 
 
@@ -318,9 +313,7 @@ def _speed_up(row: dict[str, Any], base: dict[str, Any] | None) -> str:
 
 def _chosen(row: dict[str, Any]) -> str:
     edge = [key for key, inside in row["inside"].items() if not inside]
-    words = [
-        f"{key.rpartition('.')[2]} {value}{' (edge)' if key in edge else ''}" for key, value in row["chosen"].items()
-    ]
+    words = [f"{short(key)} {value}{' (edge)' if key in edge else ''}" for key, value in row["chosen"].items()]
     return ", ".join(words)
 
 

@@ -36,10 +36,18 @@ def training_steps(args: ReZeroTrainingArguments, prepared: PreparedData) -> int
     Raises:
         UserError: neither gives a step.
     """
+    return steps_over(args, prepared.totals("train")["tokens"] // prepared.config.block_size)
+
+
+def steps_over(args: ReZeroTrainingArguments, rows: int) -> int:
+    """The same over a data set of so many rows.
+
+    Raises:
+        UserError: `num_train_epochs` gives no step.
+    """
     if args.max_steps > 0:
         return args.max_steps
-    blocks = prepared.totals("train")["tokens"] // prepared.config.block_size
-    steps = math.ceil(args.num_train_epochs * blocks / sequences_per_step(args))
+    steps = math.ceil(args.num_train_epochs * rows / sequences_per_step(args))
     if steps < 1:
         raise UserError(f"training.num_train_epochs={args.num_train_epochs} gives no step; raise it or set max_steps.")
     return steps

@@ -132,8 +132,8 @@ def main(
     if trainer.told_to_stop:
         if main_process:
             print(f"told to stop: saved at step {trained.global_step} of {args.max_steps}; the same command goes on")
-            if trainer.pushes is not None:
-                print(trainer.pushes.stop())
+            if trainer.pushes is not None and (line := trainer.pushes.stop()) is not None:
+                print(line)
         sys.exit(PREEMPTED)
 
     # Under FSDP all processes give up their shards for the export.

@@ -20,7 +20,7 @@ from rezero_hf.results import (
     table,
     with_measured_line,
 )
-from rezero_hf.study_results import studies_table, study_card
+from rezero_hf.study_results import result_name, studies_table, study_card
 
 
 CARDS = Path("model_cards")
@@ -36,8 +36,7 @@ def main(
     for folder in runs or ():
         study = (folder / "result.json").exists()
         record = collect_study(folder) if study else collect(folder)
-        size = f"-{record['size']}" if study and record["size"] != "cpu" else ""
-        name = record["name"] + size if study else f"{record['name']}-seed{record['seed']}"
+        name = result_name(record) if study else f"{record['name']}-seed{record['seed']}"
         (results / f"{name}.json").write_text(json.dumps(record, indent=None if study else 1) + "\n", encoding="utf-8")
         # The card and its pictures keep their places relative to each other.
         card, source = CARDS / name, folder if study else folder / "model"
@@ -50,7 +49,7 @@ def main(
         print(f"{folder} -> {results / name}.json, {card}")
     records, studies = committed(results)
     for result in studies:
-        card = CARDS / (result["name"] + ("" if result["size"] == "cpu" else f"-{result['size']}"))
+        card = CARDS / result_name(result)
         figures = sorted(path.name for path in (card / "figures").glob("*.png"))
         (card / "README.md").write_text(study_card(result, figures), encoding="utf-8")
     for name in {record["name"] for record in records}:

@@ -46,7 +46,7 @@ def main(
     if jobs is None:
         jobs = 1 if torch.accelerator.is_available() else cores()
     study = study.smallest() if smoke else study
-    words = {"only": only, "overrides": tuple(overrides or ()), "smoke": smoke, "full": full, "jobs": jobs}
+    words = {"only": only, "overrides": tuple(overrides or ()), "size": size, "jobs": jobs}
     runs = run_study(recipe, study, output, **words)
     result = summarise(plan.name, size, study, runs)
     print(study_table(result))

@@ -17,7 +17,7 @@ from rezero_hf.results import (
     with_measured_line,
 )
 from rezero_hf.studies import load_study
-from rezero_hf.study_results import studies_table, study_card
+from rezero_hf.study_results import result_name, studies_table, study_card
 
 
 ROOT = Path(__file__).parents[1]
@@ -94,7 +94,7 @@ def test_the_readmes_tables_are_made_from_the_committed_records():
 def test_a_studys_page_is_made_from_its_committed_result():
     """And the result has every row of the recipe as it is now."""
     for result in committed(ROOT / "model_cards" / "results")[1]:
-        card = ROOT / "model_cards" / (result["name"] + ("" if result["size"] == "cpu" else f"-{result['size']}"))
+        card = ROOT / "model_cards" / result_name(result)
         figures = sorted(path.name for path in (card / "figures").glob("*.png"))
         assert (card / "README.md").read_text() == study_card(result, figures)
         study = load_study(ROOT / "scripts" / "recipes" / f"{result['name']}.yaml", result["size"])
