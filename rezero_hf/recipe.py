@@ -239,16 +239,20 @@ def load_language_recipe(path: str | Path, overrides: typing.Iterable[str] = (),
 def changed_words(before: str, after: str) -> list[str]:
     """Where two resolved recipes differ in what a run computes, as lines `section.key: OLD -> NEW`.
 
-    Words of `CIRCUMSTANCES` may differ.
+    Words of `CIRCUMSTANCES` may differ. A word that `before` does not have was added to the package since: it had its
+    default, so that a long run outlives an update.
 
     Args:
         before, after: resolved recipes, as YAML.
     """
     changed = []
     old, new = (yaml.safe_load(text) for text in (before, after))
-    for section in ("model", "data", "training"):
+    family = FAMILIES[new["model"].get("model_type", "rezero")]
+    for section, words in zip(SECTIONS, (*family, ReZeroTrainingArguments), strict=True):
+        defaults = {field.name: plain(default_of(field)) for field in dataclasses.fields(words)}
+        known = defaults | old.get(section, {})
         for key in sorted(old.get(section, {}).keys() | new[section].keys()):
-            was, now = old.get(section, {}).get(key), new[section].get(key)
+            was, now = known.get(key), new[section].get(key)
             circumstance = section == "training" and any(fnmatch(key, pattern) for pattern in CIRCUMSTANCES)
             if was != now and not circumstance:
                 changed.append(f"{section}.{key}: {was} -> {now}")

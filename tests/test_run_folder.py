@@ -58,6 +58,18 @@ def test_another_recipe_does_not_take_over_an_interrupted_run(tmp_path):
     assert (tmp_path / "run.1" / "checkpoints" / "checkpoint-5").is_dir()
 
 
+def test_a_run_outlives_an_update_that_brings_words(tmp_path):
+    """A word the run's recipe does not know had its default; at another value it is a change like any other."""
+    interrupted(tmp_path / "run")
+    later = RECIPE.replace("save_steps: 5", "save_steps: 5, momentum: 0.9")
+    claimed = claim_run_dir(tmp_path / "run", later)
+    assert claimed.goes_on
+    claimed.lock.release()
+    (tmp_path / "run" / "recipe.yaml").write_text(RECIPE)
+    with pytest.raises(UserError, match="training.momentum: 0.9 -> 0.5"):
+        claim_run_dir(tmp_path / "run", later.replace("0.9", "0.5"))
+
+
 def test_a_folder_that_is_no_run_or_is_in_use_is_left_alone(tmp_path):
     """Somebody's documents are not moved away, and two runs never write into one folder."""
     (tmp_path / "thesis").mkdir()
