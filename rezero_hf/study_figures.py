@@ -9,7 +9,8 @@ import numpy as np
 from .figures import BLUE, GREY, VERMILION, gate_history, gate_map, log_ticks, new_figure, save, whole_ticks
 from .signal_figures import norm_curves, singular_value_histograms, toy_contours
 from .studies import METRICS, short
-from .study_results import UNITS, finite, place_of
+from .study_results import finite, places
+from .study_tables import UNITS
 from .toy_model import toy_landscape
 
 
@@ -29,13 +30,15 @@ def draw(result: dict[str, Any], folder: str | Path) -> list[Path]:
         The paths written.
     """
     folder, drawn = Path(folder), []
-    across = len({place_of(row) for row in result["rows"]}) > 1
-    if not across and any(run["curve"] for row in result["rows"] for run in row["runs"]):
-        drawn.append(curves(result, folder / "curves.png"))
-    if result["target"] is not None and not across:
-        drawn.append(bars(result, folder / "steps.png"))
-    if across:
+    at = places(result)
+    if len(at) > 1:
         drawn.append(depths(result, folder / "depths.png"))
+    for place, rows in at.items():
+        name = "".join(f"_{value}" for _, value in place)
+        if any(run["curve"] for row in rows for run in row["runs"]):
+            drawn.append(curves(rows, result["metric"], folder / f"curves{name}.png"))
+        if rows[0]["target"] is not None:
+            drawn.append(bars(rows, result["metric"], folder / f"steps{name}.png"))
     for row in result["rows"]:
         history = [{"event": "eval", **found} for found in row["runs"][0].get("alpha") or ()]
         if gate_history(history) is not None:
@@ -59,12 +62,11 @@ def draw(result: dict[str, Any], folder: str | Path) -> list[Path]:
     return drawn
 
 
-def curves(result: dict[str, Any], path: str | Path) -> Path:
+def curves(rows: list[dict[str, Any]], metric: str, path: str | Path) -> Path:
     """Mean over seeds and the range of the seeds, against steps and against seconds of training."""
-    metric = result["metric"]
     figure, axes = new_figure(4.8, 2)
     shown: list[float] = []
-    for number, row in enumerate(result["rows"]):
+    for number, row in enumerate(rows):
         look = _line(number)
         runs = [points for run in row["runs"] if (points := finite(run["curve"], metric))]
         if not runs:
@@ -77,9 +79,9 @@ def curves(result: dict[str, Any], path: str | Path) -> Path:
             ax.plot(at, values.mean(1), **look, linewidth=1.7, label=row["label"])
             ax.fill_between(at, values.min(1), values.max(1), color=look["color"], alpha=0.15, linewidth=0)
             shown += values.ravel().tolist()
-    if result["target"] is not None:
+    if rows[0]["target"] is not None:
         for ax in axes:
-            ax.axhline(result["target"], color="black", linewidth=0.8, linestyle=":")
+            ax.axhline(rows[0]["target"], color="black", linewidth=0.8, linestyle=":")
     for ax, label in zip(axes, ("step", "seconds of training"), strict=True):
         ax.set_xlabel(label)
         ax.xaxis.set_major_locator(whole_ticks(5))
@@ -93,9 +95,9 @@ def curves(result: dict[str, Any], path: str | Path) -> Path:
     return save(figure, path)
 
 
-def bars(result: dict[str, Any], path: str | Path) -> Path:
+def bars(rows: list[dict[str, Any]], metric: str, path: str | Path) -> Path:
     """Steps to the target, a bar a row, a dot a seed; rows that never arrive say so."""
-    rows = result["rows"][::-1]
+    rows = rows[::-1]
     figure, ax = new_figure(1.2 + 0.5 * len(rows))
     for place, row in enumerate(rows):
         reached = [run["to_target"]["steps"] for run in row["runs"] if run["to_target"] is not None]
@@ -106,7 +108,7 @@ def bars(result: dict[str, Any], path: str | Path) -> Path:
         else:
             ax.text(0, place, " diverged" if all(run["diverged"] for run in row["runs"]) else " never", va="center")
     ax.set_yticks(range(len(rows)), [row["label"] for row in rows])
-    ax.set_xlabel(f"steps to {result['target']:.3g} {UNITS[result['metric']]}")
+    ax.set_xlabel(f"steps to {rows[0]['target']:.3g} {UNITS[metric]}")
     ax.xaxis.set_major_locator(whole_ticks(6))
     ax.xaxis.set_major_formatter("{x:,.0f}")
     return save(figure, path)

@@ -20,7 +20,8 @@ from rezero_hf.results import (
     table,
     with_measured_line,
 )
-from rezero_hf.study_results import result_name, studies_table, study_card
+from rezero_hf.study_results import result_name
+from rezero_hf.study_tables import studies_table, study_card
 
 
 CARDS = Path("model_cards")

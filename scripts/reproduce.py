@@ -21,7 +21,8 @@ from rezero_hf.runs import cores
 from rezero_hf.strict import check_names
 from rezero_hf.studies import load_study, run_study
 from rezero_hf.study_figures import draw
-from rezero_hf.study_results import study_table, summarise
+from rezero_hf.study_results import summarise
+from rezero_hf.study_tables import study_table
 
 
 def main(

@@ -17,7 +17,8 @@ from rezero_hf.results import (
     with_measured_line,
 )
 from rezero_hf.studies import load_study
-from rezero_hf.study_results import result_name, studies_table, study_card
+from rezero_hf.study_results import result_name
+from rezero_hf.study_tables import studies_table, study_card
 
 
 ROOT = Path(__file__).parents[1]

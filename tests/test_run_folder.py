@@ -66,7 +66,7 @@ def test_a_run_outlives_an_update_that_brings_words(tmp_path):
     assert claimed.goes_on
     claimed.lock.release()
     (tmp_path / "run" / "recipe.yaml").write_text(RECIPE)
-    with pytest.raises(UserError, match="training.momentum: 0.9 -> 0.5"):
+    with pytest.raises(UserError, match=r"training.momentum: 0.9 -> 0.5"):
         claim_run_dir(tmp_path / "run", later.replace("0.9", "0.5"))
 
 

@@ -9,7 +9,9 @@ from filelock import FileLock
 from rezero_hf.errors import UserError
 from rezero_hf.recipe import RecipeError, load_recipe
 from rezero_hf.studies import Cell, Row, Study, load_study, run_study, tune
-from rezero_hf.study_results import first_at, study_table, summarise
+from rezero_hf.study_figures import draw
+from rezero_hf.study_results import first_at, summarise
+from rezero_hf.study_tables import study_table
 
 
 ROOT = Path(__file__).parents[1]
@@ -110,12 +112,32 @@ def test_a_table_shows_spread_targets_edges_and_divergence():
         runs[cell.name] = [{**run, "set": {RATE: 2.0}, "chosen": True} for run in chosen]
         runs[cell.name].append({**record(3.0, 0), "set": {RATE: 1.0}, "chosen": False})
     result = summarise("demo", "cpu", study, runs)
-    assert result["target"] == pytest.approx(3.05)
+    assert result["rows"][0]["target"] == pytest.approx(3.05)
     lines = study_table(result).splitlines()
-    assert lines[2].startswith("| base line | 1x | 2.100 ± 0.141 | 2.100 ± 0.141 | 50 ± 4 | 1.00x | 5 ± 0 | 10 |")
-    assert "| 33 ± 2 | 1.53x |" in lines[3]
+    assert lines[2].startswith(
+        "| base line | 1x | 2.100 ± 0.141 | 2.100 ± 0.141 | 50 ± 4 to 3.05 | 1.00x | 5 ± 0 | 9 | 10 |"
+    )
+    assert "| 33 ± 2 to 3.05 | 1.53x |" in lines[3]
     assert "learning_rate 2.0 (edge)" in lines[3]
     assert lines[4].count("diverged") == 2
+
+
+def test_each_depth_is_held_against_its_own_baseline(tmp_path):
+    """Targets, speed-ups and pictures are of one value of `across`, never of another one's baseline."""
+    rows = {"base": Row("base line"), "fast": Row("fast")}
+    depths = {"model.num_hidden_layers": [2, 4]}
+    study = Study("item", rows, seeds=[0], baseline="base", target_at=0.5, across=depths, extend=0)
+    ends = {("base", 2): 2.0, ("fast", 2): 1.0, ("base", 4): 3.0, ("fast", 4): 2.0}
+    runs = {
+        cell.name: [{**record(ends[cell.row, *cell.at.values()], 0), "set": {}, "chosen": True}]
+        for cell in study.cells()
+    }
+    result = summarise("demo", "cpu", study, runs)
+    assert [row["target"] for row in result["rows"]] == [3.0, 3.0, 3.5, 3.5]
+    assert study_table(result).count(" 1.00x ") == 2
+    assert "| 25 to 3.5 | 2.00x |" in study_table(result)
+    drawn = {path.name for path in draw(result, tmp_path)}
+    assert drawn == {"depths.png", "curves_2.png", "steps_2.png", "curves_4.png", "steps_4.png"}
 
 
 def test_what_a_study_varies_cannot_be_overridden(tmp_path):
@@ -145,12 +167,15 @@ def test_a_target_is_read_between_two_evaluations():
 
 @pytest.mark.parametrize("recipe", STUDIES, ids=lambda recipe: recipe.stem)
 def test_a_committed_study_is_fair_by_its_words(recipe):
-    """Rows differ in what they are, in nothing else: no row sets a rate, a seed, data or a length of its own."""
+    """Rows differ in what they are, in nothing else: no row sets a rate, a seed, data or a length of its own.
+
+    A rival may be tuned over more words than ReZero is, never over fewer.
+    """
     study = load_study(recipe)
-    for row in study.rows.values():
+    for name, row in study.rows.items():
         for key in row.set:
             assert key.startswith(("model.", "training.gate_lr_")) or (key, row.set[key]) == (WARMUP, 0), key
-        assert set(row.search) <= {"training.gate_lr_multiplier"}
+        assert set(row.search) <= {"training.gate_lr_multiplier"} | (set() if name.startswith("rezero") else {RATE})
     for size in ("full", "smoke"):
         if f"\n{size}:" in recipe.read_text():
             load_study(recipe, size)
