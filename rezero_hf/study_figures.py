@@ -35,7 +35,8 @@ def draw(result: dict[str, Any], folder: str | Path) -> list[Path]:
         drawn.append(depths(result, folder / "depths.png"))
     for place, rows in at.items():
         name = "".join(f"_{value}" for _, value in place)
-        if any(run["curve"] for row in rows for run in row["runs"]):
+        # A start and an end are no curve.
+        if any(len(run["curve"]) > 2 for row in rows for run in row["runs"]):
             drawn.append(curves(rows, result["metric"], folder / f"curves{name}.png"))
         if rows[0]["target"] is not None:
             drawn.append(bars(rows, result["metric"], folder / f"steps{name}.png"))
@@ -54,8 +55,9 @@ def draw(result: dict[str, Any], folder: str | Path) -> list[Path]:
         }
         records = {form: of for form, of in records.items() if of}
         drawn.append(singular_value_histograms(records, folder / f"spectra_{moment}.png"))
-        deepest = {form: of[max(of)] for form, of in records.items()}
-        drawn.append(norm_curves(deepest, folder / f"norms_{moment}.png"))
+        deepest = max(at for of in records.values() for at in of)
+        named = {form + ("" if deepest in of else f" (at {max(of)})"): of[max(of)] for form, of in records.items()}
+        drawn.append(norm_curves(named, folder / f"norms_{moment}.png"))
     if result["toy"]:
         starts = [(0.0, w) for w in (0.5, 1.0, 1.5, 2.0, 2.5)] + [(1.0, w) for w in (0.5, 1.0, 1.5, 2.0)]
         drawn.append(toy_contours(toy_landscape(starts), folder / "toy.png"))

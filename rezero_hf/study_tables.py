@@ -1,7 +1,8 @@
 """The tables and the page of a study, made from its result alone. Diverged runs are shown as such."""
 
 import math
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable
 from statistics import fmean, stdev
 from typing import Any
 
@@ -30,6 +31,7 @@ TUNED = (
     'Every row was tuned by the same rule on the first seed; "edge" marks a word whose best value is the last tried.'
 )
 NOT_TUNED = "Rows were not tuned and have the same words but for what they are: this is not about where they end."
+NUMBER = re.compile(r"(\d+)")
 UNITS = {"bits_per_byte": "bits per byte", "loss": "nats", "accuracy": "accuracy"}
 
 
@@ -76,13 +78,14 @@ def _spectrum(row: dict[str, Any], moment: str) -> tuple[str, str]:
     return "not finite" if chi is None else f"{chi:.3g}", "" if lost is None else f"{lost:.0%}"
 
 
-def study_card(result: dict[str, Any], figures: Sequence[str]) -> str:
+def study_card(result: dict[str, Any], figures: Iterable[str]) -> str:
     """A page on one study: its table, its pictures, and how it was made.
 
     Args:
         result: `summarise`'s.
-        figures: names of pictures in the folder `figures` beside the page.
+        figures: names of pictures in the folder `figures` beside the page, shown with 4 layers before 16.
     """
+    figures = sorted(figures, key=lambda name: [int(part) if part.isdigit() else part for part in NUMBER.split(name)])
     versions = ["; ".join(f"{package} {version}" for package, version in found.items()) for found in result["versions"]]
     commits = [f"{git['sha'][:8]}{' with changes' if git['dirty'] else ''}" for git in result["git"] if git]
     facts = {

@@ -51,7 +51,7 @@ def main(
     records, studies = committed(results)
     for result in studies:
         card = CARDS / result_name(result)
-        figures = sorted(path.name for path in (card / "figures").glob("*.png"))
+        figures = [path.name for path in (card / "figures").glob("*.png")]
         (card / "README.md").write_text(study_card(result, figures), encoding="utf-8")
     for name in {record["name"] for record in records}:
         recipe = Path("scripts/recipes") / f"{name}.yaml"
