@@ -31,6 +31,8 @@ class ReZeroTrainingArguments(TrainingArguments):
         gate_lr_multiplier: learning rate of the gates over that of the rest, default 1.
         gate_lr_constant: hold the gates' learning rate whatever the schedule of the rest, as the authors do under a
             one-cycle schedule; default False.
+        lr_drops: shares of the run, each in (0, 1), after which every rate that follows the schedule falls to a tenth,
+            as the authors' do at 0.5 and 0.75 (paper, section 5); None (default) is no drop.
         eval_blocks: evaluations during training read this many blocks, evenly spaced over the split and always the
             same; None (default) reads all.
         final_eval_blocks: the same for the evaluation of validation and test at the end of a run; its numbers are the
@@ -49,6 +51,8 @@ class ReZeroTrainingArguments(TrainingArguments):
         remove_unused_columns: False: `shift_labels` is no named argument of the model's forward.
         ddp_find_unused_parameters: False: every parameter gets a gradient in every step (zeros while alpha is 0), and
             looking for others costs a walk through the graph.
+        lr_scheduler_type `warmup_stable_decay` without `num_decay_steps` in `lr_scheduler_kwargs` falls from the end of
+            the warm-up on, so that a recipe says its length once.
         logging_steps 10: the library's 500 shows nothing of a short run. disable_tqdm stays the library's choice.
 
     Raises:
@@ -62,6 +66,7 @@ class ReZeroTrainingArguments(TrainingArguments):
     momentum: float = field(default=0.9)
     gate_lr_multiplier: float = field(default=1.0)
     gate_lr_constant: bool = field(default=False)
+    lr_drops: list[float] | None = field(default=None)
     matrix_lr_multiplier: float = field(default=1.0)
     nonfinite: Literal["stop", "skip"] = field(default="stop")
     max_skipped_steps: int = field(default=10)
@@ -122,6 +127,8 @@ class ReZeroTrainingArguments(TrainingArguments):
         for name in ("adam_beta1", "adam_beta2", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)}: must be in [0, 1).")
+        if not all(0 < share < 1 for share in self.lr_drops or ()):
+            raise UserError(f"lr_drops={self.lr_drops}: must be shares of the run, each between 0 and 1.")
         if self.max_steps == 0:
             raise UserError("max_steps=0: must be at least 1, or -1 to count num_train_epochs instead.")
         if self.nonfinite not in ("stop", "skip"):

@@ -128,7 +128,7 @@ def finite(curve: list[dict[str, Any]], metric: str) -> list[dict[str, Any]]:
 
 def place_of(row: dict[str, Any]) -> tuple:
     """At which value of `across` a row stands; one without is nowhere."""
-    return tuple(row["at"].items())
+    return tuple((key, str(value) if isinstance(value, list) else value) for key, value in row["at"].items())
 
 
 def places(result: dict[str, Any]) -> dict[tuple, list[dict[str, Any]]]:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
-from transformers import EvalPrediction, PrinterCallback, ProgressCallback
+from transformers import EvalPrediction, PrinterCallback, ProgressCallback, SchedulerType
 
 from .arguments import ReZeroTrainingArguments, sequences_per_step
 from .callbacks import BitsPerByteProgress, MetricsLog, measured_in
@@ -51,6 +51,11 @@ def steps_over(args: ReZeroTrainingArguments, rows: int) -> int:
     if steps < 1:
         raise UserError(f"training.num_train_epochs={args.num_train_epochs} gives no step; raise it or set max_steps.")
     return steps
+
+
+def _dropped(schedule: Callable[[int], float], drops: list[float], step: int) -> float:
+    """A schedule's factor at a step, a tenth of it for each drop that is past."""
+    return schedule(step) * 0.1 ** sum(step >= drop for drop in drops)
 
 
 class ReZeroTrainer(PushingTrainer):
@@ -123,17 +128,23 @@ class ReZeroTrainer(PushingTrainer):
         return super().create_optimizer(model)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
-        """The library's schedule, with the gates left out of it under `gate_lr_constant`."""
+        """The library's schedule, with `lr_drops` over it, and the gates left out of it under `gate_lr_constant`."""
+        args = self.args
+        if args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY:
+            falling = num_training_steps - args.get_warmup_steps(num_training_steps)
+            args.lr_scheduler_kwargs = {"num_decay_steps": falling, **(args.lr_scheduler_kwargs or {})}
         scheduler = super().create_scheduler(num_training_steps, optimizer)
-        if getattr(self.args, "gate_lr_constant", False):
-            if not isinstance(scheduler, LambdaLR):
-                raise UserError(
-                    f"gate_lr_constant=True does not go with lr_scheduler_type={self.args.lr_scheduler_type}."
-                )
-            for place, group in enumerate(scheduler.optimizer.param_groups):
-                if group.get("name") == "gates":
-                    scheduler.lr_lambdas[place] = lambda step: 1.0
-                    group["lr"] = group["initial_lr"]
+        drops = [share * num_training_steps for share in getattr(args, "lr_drops", None) or ()]
+        constant = getattr(args, "gate_lr_constant", False)
+        if (drops or constant) and not isinstance(scheduler, LambdaLR):
+            word = "lr_drops" if drops else "gate_lr_constant"
+            raise UserError(f"{word} does not go with lr_scheduler_type={args.lr_scheduler_type}.")
+        for place, group in enumerate(scheduler.optimizer.param_groups):
+            if constant and group.get("name") == "gates":
+                scheduler.lr_lambdas[place] = lambda step: 1.0
+                group["lr"] = group["initial_lr"]
+            elif drops:
+                scheduler.lr_lambdas[place] = partial(_dropped, scheduler.lr_lambdas[place], drops)
         return scheduler
 
     def floating_point_ops(self, inputs) -> int:

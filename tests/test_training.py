@@ -139,18 +139,42 @@ def test_the_optimiser_is_ours_with_gate_groups(prepared, tmp_path):
     assert groups["matrices"]["lr"] == pytest.approx(1e-2) and groups["matrices"]["weight_decay"] == 0.1
 
 
-def test_gates_can_keep_their_rate_under_a_schedule(prepared, tmp_path):
-    """With `gate_lr_constant` the gates' rate is the same in every step, and the others' follow the schedule."""
-    words = {"gate_lr_multiplier": 3.0, "gate_lr_constant": True, "lr_scheduler_type": "linear", "warmup_steps": 2}
-    trainer = trainer_for(prepared, tmp_path, **words)
-    trainer.create_optimizer_and_scheduler(4)
+def rates_of(trainer, steps):
+    """The learning rate of each group in each of the first steps."""
+    trainer.create_optimizer_and_scheduler(steps)
     rates = []
-    for _ in range(4):
+    for _ in range(steps):
         rates.append({group["name"]: group["lr"] for group in trainer.optimizer.param_groups})
         trainer.optimizer.step()
         trainer.lr_scheduler.step()
-    assert [rate["gates"] for rate in rates] == pytest.approx([3e-2] * 4)
-    assert [rate["matrices"] for rate in rates] == pytest.approx([0.0, 5e-3, 1e-2, 5e-3])
+    return {name: [rate[name] for rate in rates] for name in rates[0]}
+
+
+def test_gates_can_keep_their_rate_under_a_schedule(prepared, tmp_path):
+    """With `gate_lr_constant` the gates' rate is the same in every step, and the others' follow the schedule."""
+    words = {"gate_lr_multiplier": 3.0, "gate_lr_constant": True, "lr_scheduler_type": "linear", "warmup_steps": 2}
+    rates = rates_of(trainer_for(prepared, tmp_path, **words), 4)
+    assert rates["gates"] == pytest.approx([3e-2] * 4)
+    assert rates["matrices"] == pytest.approx([0.0, 5e-3, 1e-2, 5e-3])
+
+
+def test_rates_drop_where_a_recipe_says(prepared, tmp_path):
+    """To a tenth after each share of the run, the gates with the rest; shares outside the run are refused."""
+    rates = rates_of(trainer_for(prepared, tmp_path, lr_scheduler_type="constant", lr_drops=[0.5, 0.75]), 8)
+    assert rates["matrices"] == rates["gates"] == pytest.approx([1e-2] * 4 + [1e-3] * 2 + [1e-4] * 2)
+    with pytest.raises(UserError, match=r"lr_drops=\[1.5\]: must be shares of the run"):
+        trainer_for(prepared, tmp_path, lr_drops=[1.5])
+
+
+def test_a_decay_without_a_length_takes_the_rest_of_the_run(prepared, tmp_path):
+    """1 - sqrt(t) from the end of the warm-up to the end of the run; a length that is given is kept."""
+    words = {"lr_scheduler_type": "warmup_stable_decay", "warmup_steps": 2}
+    rates = rates_of(trainer_for(prepared, tmp_path, **words, lr_scheduler_kwargs={"decay_type": "1-sqrt"}), 6)
+    falling = [1e-2 * (1 - math.sqrt(step / 4)) for step in range(4)]
+    assert rates["matrices"] == pytest.approx([0.0, 5e-3, *falling])
+    given = {"decay_type": "linear", "num_decay_steps": 2}
+    rates = rates_of(trainer_for(prepared, tmp_path, **words, lr_scheduler_kwargs=given), 6)
+    assert rates["matrices"] == pytest.approx([0.0, 5e-3, 1e-2, 1e-2, 1e-2, 5e-3])
 
 
 def test_epochs_become_steps(prepared, tmp_path):
