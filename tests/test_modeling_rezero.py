@@ -16,7 +16,7 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 positions = pytest.mark.parametrize("position_embedding", ["rope", "learned"])
 sharings = pytest.mark.parametrize("gate_sharing", ["layer", "sublayer"])
-closed_forms = pytest.mark.parametrize("residual", ["rezero", "rezero_pre_norm"])
+closed_forms = pytest.mark.parametrize("residual", ["rezero", "rezero_pre_norm", "rezero_tanh"])
 # Everything that changes the path of a token through the net, in as few models as possible.
 KINDS = {
     "rope": {},

@@ -32,6 +32,7 @@ TINY = {"image_size": 4, "hidden_size": 8, "num_hidden_layers": 7, "num_labels":
 EQUATIONS = {
     "rezero": lambda x, f, n, a: x + a * f(x),
     "rezero_pre_norm": lambda x, f, n, a: x + a * f(n(x)),
+    "rezero_tanh": lambda x, f, n, a: x + a * f(2 * torch.tanh(x / 2)),
     "pre_norm": lambda x, f, n, a: x + f(n(x)),
     "post_norm": lambda x, f, n, a: n(x + f(x)),
     "branch_norm": lambda x, f, n, a: x + n(f(x)),
@@ -40,7 +41,7 @@ EQUATIONS = {
     "norm": lambda x, f, n, a: n(f(x)),
 }
 every_form = pytest.mark.parametrize("residual", EQUATIONS)
-gated_forms = pytest.mark.parametrize("residual", ["rezero", "rezero_pre_norm"])
+gated_forms = pytest.mark.parametrize("residual", ["rezero", "rezero_pre_norm", "rezero_tanh"])
 
 
 def make(model_class=ReZeroMLPForImageClassification, **changes):

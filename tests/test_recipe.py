@@ -83,7 +83,7 @@ def test_the_resolved_recipe_writes_out_every_default_and_loads_again(recipe, tm
         ("training.max_steps=many", "training.max_steps='many': expected int"),
         ("training.bf16=1", "training.bf16=1: expected bool"),
         ("training.optimizer=adam", "training.optimizer='adam': expected one of adamw, adagrad, sgd, lamb, muon"),
-        ("model.residual=zero", "model.residual='zero': expected one of rezero, rezero_pre_norm, pre_norm"),
+        ("model.residual=zero", "model.residual='zero': expected one of rezero, rezero_pre_norm, rezero_tanh"),
         ("model.hidden_size=65", "hidden_size=65 is not a multiple of num_attention_heads=2"),
         ("model.vocab_size=64", "model.vocab_size=64 is smaller than the 259 ids of data.tokenizer='bytes'"),
         ("model.max_position_embeddings=32", "max_position_embeddings=32 is smaller than data.block_size=64"),

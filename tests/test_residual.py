@@ -14,6 +14,7 @@ BRANCHES = ("attn", "mlp")
 EQUATIONS = {
     "rezero": lambda x, f, norm, a: x + a * f(x),
     "rezero_pre_norm": lambda x, f, norm, a: x + a * f(norm(x)),
+    "rezero_tanh": lambda x, f, norm, a: x + a * f(2 * torch.tanh(x / 2)),
     "gated": lambda x, f, norm, a: a * f(x) + (1 - a) * x,
     "pre_norm": lambda x, f, norm, a: x + f(norm(x)),
     "post_norm": lambda x, f, norm, a: norm(x + f(x)),
@@ -22,7 +23,7 @@ EQUATIONS = {
     "none": lambda x, f, norm, a: f(x),
     "norm": lambda x, f, norm, a: norm(f(x)),
 }
-GATED = {"rezero", "rezero_pre_norm", "gated"}
+GATED = {"rezero", "rezero_pre_norm", "rezero_tanh", "gated"}
 NORMED = {"rezero_pre_norm", "pre_norm", "post_norm", "branch_norm", "norm"}
 
 every_form = pytest.mark.parametrize("form", EQUATIONS)
@@ -124,7 +125,8 @@ def test_a_closed_gate_is_the_identity_and_hears_its_branch(form, share_gate):
 
     upstream = torch.randn_like(y)
     (y * upstream).sum().backward()
-    inputs = [norm(x) if form in NORMED else x for norm in (norms or BRANCHES)]
+    seen = {"rezero_tanh": 2 * torch.tanh(x / 2)}.get(form, x)
+    inputs = [norm(x) if form in NORMED else seen for norm in (norms or BRANCHES)]
     closed = x if form == "gated" else 0
     heard = torch.stack([(upstream * (f(x_in) - closed)).sum() for f, x_in in zip(branches, inputs, strict=True)])
     torch.testing.assert_close(module.alpha.grad, heard.sum(0, keepdim=True) if share_gate else heard)

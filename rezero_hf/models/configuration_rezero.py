@@ -42,8 +42,8 @@ class ReZeroConfig(PreTrainedConfig):
         max_position_embeddings (`int`, default 1024): longest sequence, in tokens. Only learned positions enforce it.
 
     Residual form (`residual.py` has the equations):
-        residual (default `"rezero"`): `rezero`, `rezero_pre_norm`, `pre_norm`, `post_norm`, `branch_norm` or `plain`;
-            without a skip, `none` or `norm`.
+        residual (default `"rezero"`): `rezero`, `rezero_pre_norm`, `rezero_tanh`, `pre_norm`, `post_norm`,
+            `branch_norm` or `plain`; without a skip, `none` or `norm`.
         gate_init (`float`, default 0): initial alpha. 0 makes every layer the identity; 1 is the paper's ablation.
         gate_sharing (default `"layer"`): one alpha for attention and feed-forward of a layer, as in the paper
             (section 4 and the authors' code), or one for each (`"sublayer"`).
@@ -137,9 +137,17 @@ class ReZeroConfig(PreTrainedConfig):
     head_dim: int | None = None
     max_position_embeddings: int = 1024
 
-    residual: Literal["rezero", "rezero_pre_norm", "pre_norm", "post_norm", "branch_norm", "plain", "none", "norm"] = (
-        "rezero"
-    )
+    residual: Literal[
+        "rezero",
+        "rezero_pre_norm",
+        "rezero_tanh",
+        "pre_norm",
+        "post_norm",
+        "branch_norm",
+        "plain",
+        "none",
+        "norm",
+    ] = "rezero"
     gate_init: float | int = 0.0
     gate_sharing: Literal["layer", "sublayer"] = "layer"
     norm: Literal["layer", "rms"] = "layer"
@@ -231,7 +239,7 @@ class ReZeroConfig(PreTrainedConfig):
                 raise ValueError(f"{field}={getattr(self, field)}: must be positive.")
         if not 0.0 <= self.output_init_scale < math.inf:
             raise ValueError(f"output_init_scale={self.output_init_scale}: must be a finite number, at least 0.")
-        gated = self.residual in ("rezero", "rezero_pre_norm")
+        gated = self.residual.startswith("rezero")
         if gated and self.gate_init == 0 and self.output_init_scale == 0:
             raise ValueError(
                 "gate_init=0 with output_init_scale=0: alpha and F would both be 0 and hide each other's gradient for "

@@ -24,8 +24,8 @@ class ReZeroMLPConfig(PreTrainedConfig):
         num_labels (`int`, default 2, the library's): classes, or `id2label`, which names them; `paper` has 10.
 
     Residual form (`residual.py` has the equations):
-        residual (default `"rezero"`): `rezero`, `rezero_pre_norm`, `pre_norm`, `post_norm`, `branch_norm` or `plain`;
-            without a skip, `none` (the paper's vanilla net) or `norm`.
+        residual (default `"rezero"`): `rezero`, `rezero_pre_norm`, `rezero_tanh`, `pre_norm`, `post_norm`,
+            `branch_norm` or `plain`; without a skip, `none` (the paper's vanilla net) or `norm`.
         gate_init (`float`, default 0): initial alpha. 0 makes every layer the identity; 1 is the paper's ablation.
         norm (default `"layer"`): LayerNorm (the paper's baselines) or RMSNorm (`"rms"`), wherever a norm is used. Each
             layer has its own, where the authors' notebook shares one among all.
@@ -60,9 +60,17 @@ class ReZeroMLPConfig(PreTrainedConfig):
     hidden_size: int = 256
     num_hidden_layers: int = 32
 
-    residual: Literal["rezero", "rezero_pre_norm", "pre_norm", "post_norm", "branch_norm", "plain", "none", "norm"] = (
-        "rezero"
-    )
+    residual: Literal[
+        "rezero",
+        "rezero_pre_norm",
+        "rezero_tanh",
+        "pre_norm",
+        "post_norm",
+        "branch_norm",
+        "plain",
+        "none",
+        "norm",
+    ] = "rezero"
     gate_init: float | int = 0.0
     norm: Literal["layer", "rms"] = "layer"
     norm_eps: float = 1e-5

@@ -80,6 +80,21 @@ class ReZeroPreNorm(Residual):
         return x + self.gate(branch, x.dtype) * f(self.norms[branch](x))
 
 
+class ReZeroTanh(Residual):
+    """`x + alpha * F(c tanh(x / c))`, c = 2: what a branch sees is bounded, value by value; no norm anywhere.
+
+    Without it a branch's output is the next one's input, so a deep stream multiplies where a normalised one adds, and
+    alpha has to stay small. It is Dynamic Tanh (arXiv 2503.10622) without the slope and the gains that it trains: a
+    trained slope fell to 0 here and switched its branch off (model_cards/LOG.md, sections 6 and 14).
+    """
+
+    has_gate = True
+    bound: ClassVar[float] = 2.0
+
+    def forward(self, x, f, branch):
+        return x + self.gate(branch, x.dtype) * f(self.bound * torch.tanh(x / self.bound))
+
+
 class Gated(Residual):
     """`alpha * F(x) + (1 - alpha) * x`: the gated (highway) baseline of the paper's ResNets, with a scalar gate."""
 
@@ -144,6 +159,7 @@ NORMS: dict[str, type[nn.Module]] = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 RESIDUAL_FORMS: dict[str, type[Residual]] = {
     "rezero": ReZero,
     "rezero_pre_norm": ReZeroPreNorm,
+    "rezero_tanh": ReZeroTanh,
     "gated": Gated,
     "pre_norm": PreNorm,
     "post_norm": PostNorm,
