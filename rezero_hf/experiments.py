@@ -44,7 +44,7 @@ MOST_GATES = 512
 SIGNAL_ROWS = 4
 
 
-class _Setting(NamedTuple):
+class Setting(NamedTuple):
     """What one run needs, whatever the family.
 
     Attributes:
@@ -85,7 +85,7 @@ def run_experiment(recipe: Recipe, folder: str | Path, signal: bool = False, gat
     """
     folder = Path(folder)
     args = recipe.training_arguments(folder / "checkpoints")
-    setting = _text(recipe, args) if recipe.model_type == "rezero" else _images(recipe, args)
+    setting = set_up(recipe, args)
     resolved = recipe.resolved(setting.config)
     known = _finished(folder, resolved, {"signal": signal, "gates_off": gates_off})
     if known is not None:
@@ -140,6 +140,15 @@ def run_experiment(recipe: Recipe, folder: str | Path, signal: bool = False, gat
     return record
 
 
+def set_up(recipe: Recipe, args: ReZeroTrainingArguments) -> Setting:
+    """Prepare the data and the configuration of a run; `args.max_steps` is set to its steps.
+
+    Raises:
+        UserError: the data cannot be had, or give no step.
+    """
+    return _text(recipe, args) if recipe.model_type == "rezero" else _images(recipe, args)
+
+
 def _finished(folder: Path, resolved: str, asked: dict[str, bool]) -> dict[str, Any] | None:
     """The record of a finished run, if it has what is asked for.
 
@@ -171,7 +180,7 @@ def _is_interrupted(folder: Path, resolved: str) -> bool:
     return same and newest_complete(folder / "checkpoints")[0] is not None
 
 
-def _text(recipe: Recipe, args: ReZeroTrainingArguments) -> _Setting:
+def _text(recipe: Recipe, args: ReZeroTrainingArguments) -> Setting:
     tokenizer = load_tokenizer(recipe.data.tokenizer)
     config = recipe.model_config(tokenizer)
     prepared = prepare(recipe.data, tokenizer)
@@ -182,7 +191,7 @@ def _text(recipe: Recipe, args: ReZeroTrainingArguments) -> _Setting:
         "token_bytes": token_byte_lengths(tokenizer),
     }
     length = recipe.data.block_size
-    return _Setting(
+    return Setting(
         config,
         words,
         held_out_blocks(prepared, args.final_eval_blocks),
@@ -191,7 +200,7 @@ def _text(recipe: Recipe, args: ReZeroTrainingArguments) -> _Setting:
     )
 
 
-def _images(recipe: Recipe, args: ReZeroTrainingArguments) -> _Setting:
+def _images(recipe: Recipe, args: ReZeroTrainingArguments) -> Setting:
     images = prepare_images(recipe.data)
     config = recipe.image_config(images)
     args.max_steps = steps_over(args, len(images.split("train")))
@@ -202,4 +211,4 @@ def _images(recipe: Recipe, args: ReZeroTrainingArguments) -> _Setting:
     }
     held_out = {split: EvalImages(images, split) for split in ("train", "validation", "test")}
     pixels = held_out["validation"][0]["pixel_values"]
-    return _Setting(config, words, held_out, lambda model: flops_per_image(model, pixels), images.record())
+    return Setting(config, words, held_out, lambda model: flops_per_image(model, pixels), images.record())

@@ -117,6 +117,10 @@ class Cell:
         """Of the folder of its runs."""
         return ",".join([self.row, *(f"{short(key)}={value}" for key, value in self.at.items())])
 
+    def overrides(self, setting: dict[str, Any]) -> list[str]:
+        """What `load_recipe` needs to make this cell of a recipe, tuned to `setting`."""
+        return _overrides({**self.at, **self.spec.set, **setting})
+
 
 def load_study(path: str | Path, size: str = "cpu") -> Study:
     """Read and check the section `study` of a recipe.
@@ -148,7 +152,7 @@ def load_study(path: str | Path, size: str = "cpu") -> Study:
         check_names([key.partition(".")[0]], SECTIONS, f"{path}: study: {key!r}: section")
     # A typo in a row shows before the first hour of training.
     for cell in study.cells():
-        load_recipe(path, _overrides({**cell.at, **cell.spec.set}))
+        load_recipe(path, cell.overrides({}))
     return study
 
 
@@ -200,8 +204,7 @@ def run_study(
         def start(cell: Cell, setting: dict[str, Any], seed: int) -> Future:
             named = {**setting, "training.seed": seed}
             place = Path(folder) / cell.name / ",".join(f"{short(key)}={value}" for key, value in named.items())
-            changes = [*_overrides({**cell.at, **cell.spec.set, **named}), *overrides]
-            return pool.submit(_run, str(path), changes, str(place), **words)
+            return pool.submit(_run, str(path), [*cell.overrides(named), *overrides], str(place), **words)
 
         tuned = {tuners.submit(tune, study, cell, partial(start, cell), tell): cell.name for cell in cells}
         try:

@@ -77,6 +77,8 @@ def curves(rows: list[dict[str, Any]], metric: str, path: str | Path) -> Path:
         for ax, key in zip(axes, ("step", "training_seconds"), strict=True):
             length = min(map(len, runs))
             at = [fmean(points[place][key] for points in runs) for place in range(length)]
+            if key == "training_seconds" and row["step_seconds"]:
+                at = [points["step"] * row["step_seconds"] for points in runs[0][:length]]
             values = np.array([[points[place][metric] for points in runs] for place in range(length)])
             ax.plot(at, values.mean(1), **look, linewidth=1.7, label=row["label"])
             ax.fill_between(at, values.min(1), values.max(1), color=look["color"], alpha=0.15, linewidth=0)

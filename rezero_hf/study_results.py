@@ -1,7 +1,7 @@
 """What the runs of a study come to: one JSON, from which its tables and pictures are made."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from statistics import fmean
 from typing import Any
 
@@ -11,7 +11,13 @@ from .studies import METRICS, Cell, Study
 from .traces import scrub
 
 
-def summarise(name: str, size: str, study: Study, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+def summarise(
+    name: str,
+    size: str,
+    study: Study,
+    runs: dict[str, list[dict[str, Any]]],
+    step_seconds: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
     """Everything a table, a figure or a card needs of a study.
 
     Args:
@@ -19,6 +25,8 @@ def summarise(name: str, size: str, study: Study, runs: dict[str, list[dict[str,
         size: `cpu`, `full` or `smoke`.
         study: what was run.
         runs: `studies.run_study`'s; cells that are missing are left out.
+        step_seconds: cell -> seconds of a step, all measured by turns (`step_times.step_times`). Without them times
+            are the runs' own.
 
     Returns:
         JSON: what the study is, provenance of one of its runs, and for each cell its chosen words, whether the best
@@ -26,11 +34,14 @@ def summarise(name: str, size: str, study: Study, runs: dict[str, list[dict[str,
     """
     cells = [cell for cell in study.cells() if cell.name in runs]
     rows = [_row(study, cell, runs[cell.name]) for cell in cells]
-    for row in rows:
+    for cell, row in zip(cells, rows, strict=True):
+        row["step_seconds"] = (step_seconds or {}).get(cell.name)
         # Nets of other depths end elsewhere, so each is held against the baseline of its own.
         row["target"] = _target(study, [other for other in rows if place_of(other) == place_of(row)])
         for run in row["runs"]:
-            run["to_target"] = first_at(run["curve"], study.metric, row["target"])
+            run["to_target"] = reached = first_at(run["curve"], study.metric, row["target"])
+            if reached and row["step_seconds"]:
+                reached["seconds"] = reached["steps"] * row["step_seconds"]
     every = [run for cell in cells for run in runs[cell.name]]
     about = {
         word: getattr(study, word) for word in ("item", "metric", "baseline", "seeds", "search", "target_at", "toy")

@@ -13,7 +13,8 @@ from .study_results import place_of, result_name
 
 CARD = """# {item}
 
-Mean and standard deviation over seeds, on validation data unless said otherwise. Seconds are of training, on cores that
+Mean and standard deviation over seeds, on validation data unless said otherwise. Milliseconds a step are medians, all
+rows by turns in one process; seconds to a target are its steps times that. Other seconds are of training, on cores that
 other runs may have shared. What the paper or its authors' notebooks report is quoted and was not checked against the
 paper; it is of another size, so only the order of rows compares.
 
@@ -39,7 +40,7 @@ def study_table(result: dict[str, Any]) -> str:
     """A study as a Markdown table: mean and spread over seeds, steps and time to the target, and what was chosen."""
     unit, aimed = UNITS[result["metric"]], any(row["target"] is not None for row in result["rows"])
     header = ["row", "reported", f"validation ({unit})", "test", "FLOP", "seconds"]
-    header[4:4] = ["steps to the target", "speed-up", "seconds to it"] if aimed else []
+    header[4:4] = ["steps to the target", "speed-up", "ms a step", "seconds to it"] if aimed else []
     measured = {word for row in result["rows"] for run in row["runs"] for word in run}
     off, signal = "gates_off" in measured, "signal" in measured
     header += ["all alpha 0", "seconds a step", "peak memory"] if off else []
@@ -54,6 +55,7 @@ def study_table(result: dict[str, Any]) -> str:
             cells += [
                 f"{_reach(row['runs'], 'steps')} to {row['target']:.3g}" if row["target"] is not None else "",
                 _speed_up(row, base.get(place_of(row))),
+                "" if row["step_seconds"] is None else f"{1000 * row['step_seconds']:.0f}",
                 _reach(row["runs"], "seconds"),
             ]
         for word, form in {"flops": "{:.2g}", "training_seconds": "{:.0f}"}.items():

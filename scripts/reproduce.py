@@ -18,6 +18,7 @@ from rezero_hf.cli import run
 from rezero_hf.errors import UserError
 from rezero_hf.recipe import load_recipe
 from rezero_hf.runs import cores
+from rezero_hf.step_times import step_times
 from rezero_hf.strict import check_names
 from rezero_hf.studies import load_study, run_study
 from rezero_hf.study_figures import draw
@@ -49,7 +50,16 @@ def main(
     study = study.smallest() if smoke else study
     words = {"only": only, "overrides": tuple(overrides or ()), "size": size, "jobs": jobs}
     runs = run_study(recipe, study, output, **words)
-    result = summarise(plan.name, size, study, runs)
+    step_seconds = None
+    if study.baseline is not None and only is None:
+        # What was chosen comes first.
+        chosen = {cell.name: cell.overrides(runs[cell.name][0]["set"]) for cell in study.cells()}
+        recipes = {
+            name: load_recipe(recipe, [*set_to, *words["overrides"]], smoke, full) for name, set_to in chosen.items()
+        }
+        threads = next(iter(runs.values()))[0]["threads"]
+        step_seconds = step_times(recipes, seconds=2 if smoke else 60, threads=threads)
+    result = summarise(plan.name, size, study, runs, step_seconds)
     print(study_table(result))
     if only is not None:
         return

@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from rezero_hf import ReZeroTrainer
 from rezero_hf.errors import UserError
 from rezero_hf.experiments import run_experiment
 from rezero_hf.recipe import load_language_recipe, load_recipe
+from rezero_hf.step_times import step_times
 from rezero_hf.studies import load_study, run_study
 
 
@@ -174,3 +176,15 @@ def test_a_run_that_cannot_be_made_ends_the_study_with_one_line(recipe, tmp_path
 def test_an_image_recipe_is_not_for_the_pretraining_script(recipe):
     with pytest.raises(UserError, match=r"scripts/reproduce\.py trains those"):
         load_language_recipe(recipe)
+
+
+def test_steps_of_several_forms_are_timed_by_turns(recipe, data):
+    """Every form gets its seconds of a step, and the caller's threads are as before."""
+
+    threads = torch.get_num_threads()
+    found = step_times({
+        name: load_recipe(recipe, [f"model.num_hidden_layers={layers}", *data["rezero_mlp"]])
+        for name, layers in {"shallow": 2, "deep": 60}.items()
+    }, seconds=0.0)  # fmt: skip
+    assert set(found) == {"shallow", "deep"} and all(seconds > 0 for seconds in found.values())
+    assert torch.get_num_threads() == threads

@@ -111,13 +111,13 @@ def test_a_table_shows_spread_targets_edges_and_divergence():
         chosen = [record(value or 0.0, seed, None if value else "nan") for seed, value in enumerate(values)]
         runs[cell.name] = [{**run, "set": {RATE: 2.0}, "chosen": True} for run in chosen]
         runs[cell.name].append({**record(3.0, 0), "set": {RATE: 1.0}, "chosen": False})
-    result = summarise("demo", "cpu", study, runs)
+    result = summarise("demo", "cpu", study, runs, {"base": 0.1, "fast": 0.2})
     assert result["rows"][0]["target"] == pytest.approx(3.05)
     lines = study_table(result).splitlines()
     assert lines[2].startswith(
-        "| base line | 1x | 2.100 ± 0.141 | 2.100 ± 0.141 | 50 ± 4 to 3.05 | 1.00x | 5 ± 0 | 9 | 10 |"
+        "| base line | 1x | 2.100 ± 0.141 | 2.100 ± 0.141 | 50 ± 4 to 3.05 | 1.00x | 100 | 5 ± 0 | 9 | 10 |"
     )
-    assert "| 33 ± 2 to 3.05 | 1.53x |" in lines[3]
+    assert "| 33 ± 2 to 3.05 | 1.53x | 200 | 7 ± 0 |" in lines[3]
     assert "learning_rate 2.0 (edge)" in lines[3]
     assert lines[4].count("diverged") == 2
 

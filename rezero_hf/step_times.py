@@ -1,0 +1,98 @@
+"""What a training step costs, form against form: all of them in one process, by turns.
+
+Runs of a study share the machine with each other and with whatever else it does, so their clocks do not compare. Here
+every form takes a step, then every form takes the next, and a slow minute slows all of them alike.
+"""
+
+import time
+from collections.abc import Mapping
+from contextlib import nullcontext
+from statistics import median
+
+import torch
+from torch import nn
+from transformers import set_seed
+
+from .arguments import compute_dtype
+from .experiments import MODELS, set_up
+from .optim import make_optimizer
+from .recipe import Recipe
+
+
+# Enough turns for a steady median of small models; of large ones as many as the time allows, but never fewer than 3.
+MOST_TURNS = 25
+
+
+def step_times(recipes: Mapping[str, Recipe], seconds: float = 60.0, threads: int = 1) -> dict[str, float]:
+    """The median seconds of an optimiser step of each recipe: forward, backward, clipping and update.
+
+    Data are not loaded while the clock runs, and nothing is logged, evaluated or saved.
+
+    Args:
+        recipes: by any name. All their models are in memory at once.
+        seconds: after so many no further turn begins; default a minute.
+        threads: CPU threads of a step, as the runs had.
+
+    Returns:
+        name -> seconds.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        arms = {name: _Arm(recipe) for name, recipe in recipes.items()}
+        taken: dict[str, list[float]] = {name: [] for name in arms}
+        for arm in arms.values():
+            # The first makes the optimiser's state, the second meets it.
+            arm.step()
+            arm.step()
+        start = time.perf_counter()
+        for turn in range(MOST_TURNS):
+            if turn >= 3 and time.perf_counter() - start > seconds:
+                break
+            for name, arm in arms.items():
+                taken[name].append(arm.step())
+    finally:
+        torch.set_num_threads(before)
+    return {name: median(times) for name, times in taken.items()}
+
+
+class _Arm:
+    """A model, its optimiser and one batch."""
+
+    def __init__(self, recipe: Recipe):
+        args = self.args = recipe.training_arguments("unused")
+        setting = set_up(recipe, args)
+        set_seed(args.seed)
+        self.model = MODELS[recipe.model_type](setting.config).to(args.device).train()
+        self.optimizer = make_optimizer(
+            self.model,
+            args.optimizer,
+            lr=args.learning_rate,
+            weight_decay=args.weight_decay,
+            gate_lr_multiplier=args.gate_lr_multiplier,
+            matrix_lr_multiplier=args.matrix_lr_multiplier,
+            momentum=args.momentum,
+        )
+        rows = [setting.words["train_dataset"][place] for place in range(args.per_device_train_batch_size)]
+        self.batch = {key: torch.stack([row[key] for row in rows]).to(args.device) for key in rows[0]}
+
+    def step(self) -> float:
+        """Take one step; its seconds."""
+        args, dtype = self.args, compute_dtype(self.args)
+        cast = nullcontext() if dtype is torch.float32 else torch.autocast(args.device.type, dtype)
+        self._wait()
+        start = time.perf_counter()
+        for _ in range(args.gradient_accumulation_steps):
+            with cast:
+                loss = self.model(**self.batch).loss
+            (loss / args.gradient_accumulation_steps).backward()
+        if args.max_grad_norm:
+            nn.utils.clip_grad_norm_(self.model.parameters(), args.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self._wait()
+        return time.perf_counter() - start
+
+    def _wait(self) -> None:
+        if self.args.device.type != "cpu":
+            torch.accelerator.synchronize()
