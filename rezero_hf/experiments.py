@@ -176,7 +176,7 @@ def _only(row: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
 def _is_interrupted(folder: Path, resolved: str) -> bool:
     """Whether the folder holds this run, stopped on the way, with a checkpoint to go on from."""
     written = folder / "recipe.yaml"
-    same = written.exists() and written.read_text(encoding="utf-8") == resolved
+    same = written.exists() and not changed_words(written.read_text(encoding="utf-8"), resolved)
     return same and newest_complete(folder / "checkpoints")[0] is not None
 
 

@@ -180,7 +180,6 @@ def test_an_image_recipe_is_not_for_the_pretraining_script(recipe):
 
 def test_steps_of_several_forms_are_timed_by_turns(recipe, data):
     """Every form gets its seconds of a step, and the caller's threads are as before."""
-
     threads = torch.get_num_threads()
     found = step_times({
         name: load_recipe(recipe, [f"model.num_hidden_layers={layers}", *data["rezero_mlp"]])
