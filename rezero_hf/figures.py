@@ -210,8 +210,11 @@ def _edges(steps: np.ndarray) -> np.ndarray:
     return np.concatenate([[2 * steps[0] - middle[0]], middle, [2 * steps[-1] - middle[-1]]])
 
 
-def new_figure(height: float, columns: int = 1, rows: int = 1):
-    """A figure 8 inches wide without pyplot, and its axes (an array of them for several panels) on common scales."""
+def new_figure(height: float, columns: int = 1, rows: int = 1, sharex: bool = True):
+    """A figure 8 inches wide without pyplot, and its axes (an array of them for several panels) on common scales.
+
+    Panels whose horizontal axes are of different kinds say `sharex=False`.
+    """
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -219,7 +222,7 @@ def new_figure(height: float, columns: int = 1, rows: int = 1):
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8, height), layout="constrained")
         FigureCanvasAgg(figure)
-        return figure, figure.subplots(rows, columns, sharex=True, sharey=True)
+        return figure, figure.subplots(rows, columns, sharex=sharex, sharey=True)
 
 
 def save(figure, path: str | Path) -> Path:

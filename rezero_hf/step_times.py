@@ -1,7 +1,8 @@
 """What a training step costs, form against form: all of them in one process, by turns.
 
 Runs of a study share the machine with each other and with whatever else it does, so their clocks do not compare. Here
-every form takes a step, then every form takes the next, and a slow minute slows all of them alike.
+every form takes a step, then every form takes the next, and a slow minute slows all of them alike. On a CPU the clock
+is the time the process had its cores, which is what it would take on an idle machine.
 """
 
 import time
@@ -80,8 +81,7 @@ class _Arm:
         """Take one step; its seconds."""
         args, dtype = self.args, compute_dtype(self.args)
         cast = nullcontext() if dtype is torch.float32 else torch.autocast(args.device.type, dtype)
-        self._wait()
-        start = time.perf_counter()
+        start = self._clock()
         for _ in range(args.gradient_accumulation_steps):
             with cast:
                 loss = self.model(**self.batch).loss
@@ -90,9 +90,10 @@ class _Arm:
             nn.utils.clip_grad_norm_(self.model.parameters(), args.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self._wait()
-        return time.perf_counter() - start
+        return self._clock() - start
 
-    def _wait(self) -> None:
-        if self.args.device.type != "cpu":
-            torch.accelerator.synchronize()
+    def _clock(self) -> float:
+        if self.args.device.type == "cpu":
+            return time.process_time() / torch.get_num_threads()
+        torch.accelerator.synchronize()
+        return time.perf_counter()

@@ -66,7 +66,7 @@ def draw(result: dict[str, Any], folder: str | Path) -> list[Path]:
 
 def curves(rows: list[dict[str, Any]], metric: str, path: str | Path) -> Path:
     """Mean over seeds and the range of the seeds, against steps and against seconds of training."""
-    figure, axes = new_figure(4.8, 2)
+    figure, axes = new_figure(4.8, 2, sharex=False)
     shown: list[float] = []
     for number, row in enumerate(rows):
         look = _line(number)

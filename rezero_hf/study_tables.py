@@ -56,7 +56,7 @@ def study_table(result: dict[str, Any]) -> str:
                 f"{_reach(row['runs'], 'steps')} to {row['target']:.3g}" if row["target"] is not None else "",
                 _speed_up(row, base.get(place_of(row))),
                 "" if row["step_seconds"] is None else f"{1000 * row['step_seconds']:.0f}",
-                _reach(row["runs"], "seconds"),
+                _reach(row["runs"], "seconds", "{:.3g}"),
             ]
         for word, form in {"flops": "{:.2g}", "training_seconds": "{:.0f}"}.items():
             cells.append(form.format(fmean(run[word] for run in finished)) if finished else "")
@@ -181,11 +181,11 @@ def _values(runs: list[dict[str, Any]], word: str) -> str:
     return _spread(values, "{:.3f}") + (f" ({lost} of {len(runs)} diverged)" if lost else "")
 
 
-def _reach(runs: list[dict[str, Any]], word: str) -> str:
+def _reach(runs: list[dict[str, Any]], word: str, form: str = "{:.0f}") -> str:
     reached = [run["to_target"][word] for run in runs if run["to_target"] is not None]
     if not reached:
         return "never"
-    return _spread(reached, "{:.0f}") + (f" ({len(reached)} of {len(runs)})" if len(reached) < len(runs) else "")
+    return _spread(reached, form) + (f" ({len(reached)} of {len(runs)})" if len(reached) < len(runs) else "")
 
 
 def _speed_up(row: dict[str, Any], base: dict[str, Any] | None) -> str:
