@@ -91,9 +91,13 @@ def curves(rows: list[dict[str, Any]], metric: str, path: str | Path) -> Path:
         ax.xaxis.set_major_locator(whole_ticks(5))
         ax.xaxis.set_major_formatter("{x:,.0f}")
         ax.grid(axis="y", color="#DDDDDD", linewidth=0.8)
-    if METRICS[metric]:
+    if shown and METRICS[metric]:
         # A row that goes nowhere would flatten all others.
-        log_ticks(axes[0], [value for value in shown if value <= 2.5 * min(shown)])
+        cap = 2.5 * min(shown)
+        log_ticks(axes[0], [value for value in shown if value <= cap])
+        for line in axes[0].get_lines():
+            if len(line.get_ydata()) and min(line.get_ydata()) > cap:
+                line.set_label(f"{line.get_label()} (above)")
     axes[0].set_ylabel(f"validation, {UNITS[metric]}")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return save(figure, path)
