@@ -21,7 +21,18 @@ from rezero_hf.diagnostics import estimate_chi, input_output_jacobian, signal_no
 from rezero_hf.errors import UserError
 
 
-FORMS = ["rezero", "rezero_pre_norm", "rezero_tanh", "pre_norm", "post_norm", "branch_norm", "plain", "none", "norm"]
+FORMS = [
+    "rezero",
+    "rezero_pre_norm",
+    "rezero_tanh",
+    "pre_tanh",
+    "pre_norm",
+    "post_norm",
+    "branch_norm",
+    "plain",
+    "none",
+    "norm",
+]
 SMALL = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16}
 
 

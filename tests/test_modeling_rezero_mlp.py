@@ -33,6 +33,7 @@ EQUATIONS = {
     "rezero": lambda x, f, n, a: x + a * f(x),
     "rezero_pre_norm": lambda x, f, n, a: x + a * f(n(x)),
     "rezero_tanh": lambda x, f, n, a: x + a * f(2 * torch.tanh(x / 2)),
+    "pre_tanh": lambda x, f, n, a: x + f(2 * torch.tanh(x / 2)),
     "pre_norm": lambda x, f, n, a: x + f(n(x)),
     "post_norm": lambda x, f, n, a: n(x + f(x)),
     "branch_norm": lambda x, f, n, a: x + n(f(x)),

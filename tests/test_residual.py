@@ -16,6 +16,7 @@ EQUATIONS = {
     "rezero_pre_norm": lambda x, f, norm, a: x + a * f(norm(x)),
     "rezero_tanh": lambda x, f, norm, a: x + a * f(2 * torch.tanh(x / 2)),
     "gated": lambda x, f, norm, a: a * f(x) + (1 - a) * x,
+    "pre_tanh": lambda x, f, norm, a: x + f(2 * torch.tanh(x / 2)),
     "pre_norm": lambda x, f, norm, a: x + f(norm(x)),
     "post_norm": lambda x, f, norm, a: norm(x + f(x)),
     "branch_norm": lambda x, f, norm, a: x + norm(f(x)),

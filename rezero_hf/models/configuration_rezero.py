@@ -42,8 +42,8 @@ class ReZeroConfig(PreTrainedConfig):
         max_position_embeddings (`int`, default 1024): longest sequence, in tokens. Only learned positions enforce it.
 
     Residual form (`residual.py` has the equations):
-        residual (default `"rezero"`): `rezero`, `rezero_pre_norm`, `rezero_tanh`, `pre_norm`, `post_norm`,
-            `branch_norm` or `plain`; without a skip, `none` or `norm`.
+        residual (default `"rezero"`): `rezero`, `rezero_pre_norm`, `rezero_tanh`, `pre_norm`, `pre_tanh`,
+            `post_norm`, `branch_norm` or `plain`; without a skip, `none` or `norm`.
         gate_init (`float`, default 0): initial alpha. 0 makes every layer the identity; 1 is the paper's ablation.
         gate_sharing (default `"layer"`): one alpha for attention and feed-forward of a layer, as in the paper
             (section 4 and the authors' code), or one for each (`"sublayer"`).
@@ -142,6 +142,7 @@ class ReZeroConfig(PreTrainedConfig):
         "rezero_pre_norm",
         "rezero_tanh",
         "pre_norm",
+        "pre_tanh",
         "post_norm",
         "branch_norm",
         "plain",

@@ -24,8 +24,8 @@ class ReZeroMLPConfig(PreTrainedConfig):
         num_labels (`int`, default 2, the library's): classes, or `id2label`, which names them; `paper` has 10.
 
     Residual form (`residual.py` has the equations):
-        residual (default `"rezero"`): `rezero`, `rezero_pre_norm`, `rezero_tanh`, `pre_norm`, `post_norm`,
-            `branch_norm` or `plain`; without a skip, `none` (the paper's vanilla net) or `norm`.
+        residual (default `"rezero"`): `rezero`, `rezero_pre_norm`, `rezero_tanh`, `pre_norm`, `pre_tanh`,
+            `post_norm`, `branch_norm` or `plain`; without a skip, `none` (the paper's vanilla net) or `norm`.
         gate_init (`float`, default 0): initial alpha. 0 makes every layer the identity; 1 is the paper's ablation.
         norm (default `"layer"`): LayerNorm (the paper's baselines) or RMSNorm (`"rms"`), wherever a norm is used. Each
             layer has its own, where the authors' notebook shares one among all.
@@ -65,6 +65,7 @@ class ReZeroMLPConfig(PreTrainedConfig):
         "rezero_pre_norm",
         "rezero_tanh",
         "pre_norm",
+        "pre_tanh",
         "post_norm",
         "branch_norm",
         "plain",

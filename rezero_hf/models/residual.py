@@ -89,10 +89,9 @@ class ReZeroTanh(Residual):
     """
 
     has_gate = True
-    bound: ClassVar[float] = 2.0
 
     def forward(self, x, f, branch):
-        return x + self.gate(branch, x.dtype) * f(self.bound * torch.tanh(x / self.bound))
+        return x + self.gate(branch, x.dtype) * f(bounded(x))
 
 
 class Gated(Residual):
@@ -111,6 +110,13 @@ class PreNorm(Residual):
 
     def forward(self, x, f, branch):
         return x + f(self.norms[branch](x))
+
+
+class PreTanh(Residual):
+    """`x + F(c tanh(x / c))`: `ReZeroTanh` once alpha is a part of F."""
+
+    def forward(self, x, f, branch):
+        return x + f(bounded(x))
 
 
 class PostNorm(Residual):
@@ -154,6 +160,11 @@ class NoSkipNorm(Residual):
         return self.norms[branch](f(x))
 
 
+def bounded(x: torch.Tensor, bound: float = 2.0) -> torch.Tensor:
+    """`c tanh(x / c)`: x where it is small, never beyond c. Of 1, 2 and 4, 2 was the best (model_cards/LOG.md)."""
+    return bound * torch.tanh(x / bound)
+
+
 NORMS: dict[str, type[nn.Module]] = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 
 RESIDUAL_FORMS: dict[str, type[Residual]] = {
@@ -162,6 +173,7 @@ RESIDUAL_FORMS: dict[str, type[Residual]] = {
     "rezero_tanh": ReZeroTanh,
     "gated": Gated,
     "pre_norm": PreNorm,
+    "pre_tanh": PreTanh,
     "post_norm": PostNorm,
     "branch_norm": BranchNorm,
     "plain": Plain,
