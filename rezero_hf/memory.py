@@ -19,6 +19,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .arguments import ReZeroTrainingArguments, compute_dtype
+from .glibc_heap import GlibcHeap
 from .models import ReZeroConfig, ReZeroForCausalLM, ReZeroForMaskedLM
 from .optim import make_optimizer
 
@@ -41,6 +42,8 @@ class MemoryPlan:
         activations: what all layers keep for the backward pass, with their output.
         loss: logits and their copies at the most.
         peak: the highest sum at any moment of a step.
+        resident: what a process on a CPU holds at the most, the holes between its tensors with them, since the model
+            was made; None where that is not known.
     """
 
     weights: int
@@ -52,6 +55,7 @@ class MemoryPlan:
     activations: int
     loss: int
     peak: int
+    resident: int | None
 
 
 def language_model(config: ReZeroConfig) -> nn.Module:
@@ -67,8 +71,11 @@ def plan_memory(
     distributed: bool,
     shards: int,
     checkpointing: bool,
+    heap: GlibcHeap | None = None,
 ) -> MemoryPlan:
-    """Take one optimiser step as Trainer does, on tensors without data, and count.
+    """Take two optimiser steps as Trainer does, on tensors without data, and count.
+
+    The first step makes the optimiser's state, the second finds it there.
 
     Args:
         config: the model's configuration, with `use_cache` as while training.
@@ -78,9 +85,10 @@ def plan_memory(
         distributed: other devices hold the same weights.
         shards: devices that share one copy under FSDP, else 1.
         checkpointing: recompute activations, whatever `args` says.
+        heap: a new one, where the tensors are to lie; None (default) plans no resident bytes.
     """
     dtype = compute_dtype(args)
-    with FakeTensorMode(), _LiveBytes() as count:
+    with FakeTensorMode(), _LiveBytes(heap or GlibcHeap()) as count:
         model = language_model(config).train()
         model.set_attn_implementation("sdpa_without_mask")
         if (positions := model.model.embed_positions) is not None:
@@ -92,15 +100,8 @@ def plan_memory(
             model.activation_checkpointing_enable(how or None, **settings)
         optimizer = make_optimizer(model, args.optimizer, lr=args.learning_rate, weight_decay=args.weight_decay)
         weights = list(model.parameters())
-        # The step that makes the optimiser's state.
-        for weight in weights:
-            weight.grad = torch.zeros_like(weight)
-        optimizer.step()
-        optimizer.zero_grad()
-        states = [leaf for leaf in tree_leaves(list(optimizer.state.values())) if isinstance(leaf, torch.Tensor)]
         # FSDP gathers in the type of the computation, so autocast finds nothing to copy.
         count.watch(weights, copies=shards == 1)
-        held = [sum(count.share(tensor, shards) for tensor in tensors) for tensors in (weights, states)]
         seen = {}
 
         def gradient_done(weight):
@@ -125,19 +126,29 @@ def plan_memory(
             model.forward = convert_outputs_to_fp32(torch.autocast("cpu", dtype)(model.forward))
         tokens = torch.zeros(args.per_device_train_batch_size, block_size, dtype=torch.long)
         items = torch.tensor(tokens.numel())
+
+        def take_step():
+            for _ in range(passes):
+                seen["before"] = count.live
+                count.records = True
+                # As in Trainer, the logits are gone when the backward pass starts.
+                loss = model(input_ids=tokens, labels=tokens, shift_labels=tokens, num_items_in_batch=items).loss
+                count.records = False
+                loss.backward()
+                count.free_graph()
+            seen["passed"], count.peak = count.peak, count.live
+            nn.utils.clip_grad_norm_(weights, 1.0)
+            optimizer.step()
+
+        take_step()
+        optimizer.zero_grad()
+        states = [leaf for leaf in tree_leaves(list(optimizer.state.values())) if isinstance(leaf, torch.Tensor)]
+        held = [sum(count.share(tensor, shards) for tensor in tensors) for tensors in (weights, states)]
         count.peak = count.live
-        for _ in range(passes):
-            seen["before"] = count.live
-            # As in Trainer, the logits are gone when the backward pass starts.
-            model(input_ids=tokens, labels=tokens, shift_labels=tokens, num_items_in_batch=items).loss.backward()
-        passed, count.peak = count.peak, count.live
-        nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
+        take_step()
         gradients = sum(count.share(weight.grad, shards) for weight in weights)
         buckets = gradients if distributed and shards == 1 else 0
-        layer = sum(weight.numel() for weight in model.model.layers[0].parameters())
-        outside = sum(weight.numel() for weight in weights) - config.num_hidden_layers * layer
-        gathered = (min(2, config.num_hidden_layers) * layer + outside) * dtype.itemsize if shards > 1 else 0
+        gathered = _gathered_elements(model) * dtype.itemsize if shards > 1 else 0
         return MemoryPlan(
             weights=held[0],
             gradients=gradients,
@@ -147,34 +158,60 @@ def plan_memory(
             copies=seen["copies"],
             activations=seen["activations"],
             loss=seen["loss"],
-            peak=buckets + max(passed + gathered, count.peak),
+            peak=buckets + max(seen["passed"] + gathered, count.peak),
+            resident=heap.peak if heap else None,
         )
 
 
+def _gathered_elements(model: nn.Module) -> int:
+    """Of two layers and whatever is in no layer."""
+    layer, *others = ([weight.numel() for weight in layer.parameters()] for layer in model.model.layers)
+    outside = sum(weight.numel() for weight in model.parameters()) - (1 + len(others)) * sum(layer)
+    return min(2, 1 + len(others)) * sum(layer) + outside
+
+
 class _LiveBytes(TorchDispatchMode):
-    """Sums the bytes of all storages alive.
+    """Sums the bytes of all storages alive, and places them in a heap with the small objects that torch makes for them.
+
+    The objects matter by where they lie: what `posix_memalign` leaves beside a tensor, 96 bytes at the most, is where
+    glibc puts them. While one is there, the hole of a freed tensor does not join its neighbours, and is those bytes too
+    small for the next tensor of the same shape.
 
     Attributes:
         live: the sum now.
         peak: its highest value since somebody set it.
         copies: the part of it that casts of watched weights take.
+        records: whether autograd records what is computed.
     """
 
-    def __init__(self):
+    # Bytes, in torch 2.13: `StorageImpl`; then `TensorImpl`, its slot for a Python object, and `AutogradMeta`.
+    STORAGE, TENSOR = 96, (176, 24, 184)
+    # A node of the graph, most of them 464 to 512. Beside it an edge per tensor it came from, and sizes or strides.
+    NODE, EDGE, SIZE = 488, 16, 8
+
+    def __init__(self, heap: GlibcHeap):
         super().__init__()
         self.live = self.peak = self.copies = 0
+        self.records = False
+        self._heap = heap
+        self._graph: list[int] = []
         self._sizes: dict[int, int] = {}
         self._watched: set[int] = set()
         self._count_copies = True
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if self.records:
+            tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+            lists = (self.EDGE * len(tensors), self.SIZE * max((tensor.ndim for tensor in tensors), default=0))
+            self._graph += [self._heap.malloc(size) for size in (self.NODE, *lists) if size]
         result = func(*args, **(kwargs or {}))
         copy = func is torch.ops.aten._to_copy.default and args[0].untyped_storage()._cdata in self._watched
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata not in self._sizes:
                 storage = leaf.untyped_storage()
-                weakref.finalize(storage, self._resize, storage._cdata, None, copy)
-                self._resize(storage._cdata, storage.nbytes() if self._count_copies or not copy else 0, copy)
+                size = storage.nbytes()
+                weakref.finalize(storage, self._gone, storage._cdata, copy, self._place(size))
+                self._resize(storage._cdata, size if self._count_copies or not copy else 0, copy)
         return result
 
     def watch(self, weights: list[nn.Parameter], copies: bool) -> None:
@@ -187,6 +224,24 @@ class _LiveBytes(TorchDispatchMode):
         storage = tensor.untyped_storage()
         self._resize(storage._cdata, -(-storage.nbytes() // shards), False)
         return self._sizes[storage._cdata]
+
+    def free_graph(self) -> None:
+        """Take away what autograd recorded."""
+        for block in self._graph:
+            self._heap.free(block)
+        self._graph.clear()
+
+    def _place(self, size: int) -> list[int]:
+        """Blocks of a storage and its objects, in the order they are freed."""
+        storage = self._heap.malloc(self.STORAGE)
+        data = [self._heap.memalign(size)] if size else []
+        tensor, slot, autograd = (self._heap.malloc(part) for part in self.TENSOR)
+        return [slot, autograd, *data, storage, tensor]
+
+    def _gone(self, key: int, copy: bool, blocks: list[int]) -> None:
+        self._resize(key, None, copy)
+        for block in blocks:
+            self._heap.free(block)
 
     def _resize(self, key: int, size: int | None, copy: bool) -> None:
         change = (size or 0) - self._sizes.pop(key, 0)

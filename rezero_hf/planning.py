@@ -1,6 +1,8 @@
 """What a run will take, told before anything is rented: memory, arithmetic and time."""
 
 import copy
+import os
+import platform
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +10,7 @@ import torch
 from .arguments import ReZeroTrainingArguments
 from .errors import UserError
 from .flops import flops_per_token, peak_for
+from .glibc_heap import GlibcHeap
 from .memory import MemoryPlan, language_model, plan_memory
 from .models import ReZeroConfig
 
@@ -27,7 +30,6 @@ class RunPlan:
         plain, checkpointed: memory without and with that.
         peak: FLOP/s of one device; None where it is not known.
         capacity: bytes of one device; None where the device at hand is not a GPU.
-        on_cpu: whether the devices are CPUs.
     """
 
     parameters: int
@@ -41,7 +43,6 @@ class RunPlan:
     checkpointed: MemoryPlan
     peak: float | None
     capacity: int | None
-    on_cpu: bool
 
     @property
     def memory(self) -> MemoryPlan:
@@ -72,10 +73,10 @@ def make_plan(
 ) -> RunPlan:
     """Plan a run. Allocates nothing, and leaves random numbers and the distributed state alone.
 
-    Not in the plan: what a device's driver and libraries take, holes between allocations (glibc's heap on a CPU: 13 to
-    50 % of the measured peak from 50M to 350M parameters), what `torch.compile` saves, evaluation. With dropout it is
-    high for a GPU, which keeps a byte for each dropped feature where the CPU, whose operators are counted, keeps a
-    whole number.
+    Not in the plan: what a device's driver and libraries take, a GPU's holes between allocations, what
+    `torch.compile` saves, evaluation. With dropout it is high for a GPU, which keeps a byte for each dropped feature
+    where the CPU, whose operators are counted, keeps a whole number. Bytes resident on a CPU are planned for one
+    process with glibc, by the MALLOC_MMAP_THRESHOLD_ it finds in the environment.
 
     Args:
         config: the model's configuration.
@@ -107,8 +108,20 @@ def make_plan(
         parameters = sum(parameter.numel() for parameter in language_model(planned).parameters())
     # The second pass of an accumulation meets the gradients of the first; further ones meet no more.
     passes = min(2, sequences // one_pass)
+    on_cpu = (device or args.device.type) == "cpu"
+    has_heap = on_cpu and world_size == 1 and platform.libc_ver()[0] == "glibc"
+    threshold = os.environ.get("MALLOC_MMAP_THRESHOLD_", "")
     plain, checkpointed = (
-        plan_memory(planned, args, block_size, passes, world_size > 1, shards, checkpointing)
+        plan_memory(
+            planned,
+            args,
+            block_size,
+            passes,
+            world_size > 1,
+            shards,
+            checkpointing,
+            GlibcHeap(int(threshold) if threshold.isdecimal() else None) if has_heap else None,
+        )
         for checkpointing in (False, True)
     )
     on_gpu = (device or args.device.type) == args.device.type == "cuda"
@@ -124,7 +137,6 @@ def make_plan(
         checkpointed=checkpointed,
         peak=peak_for(args),
         capacity=torch.cuda.get_device_properties(args.device).total_memory if on_gpu else None,
-        on_cpu=(device or args.device.type) == "cpu",
     )
 
 
@@ -160,12 +172,11 @@ def describe(plan: RunPlan, mfu: float = 0.4) -> str:
         f"memory  {_si(memory.peak)}B per device{fits} ({shown}; not all at once)",
         f"        that is {on} activation checkpointing; {off} it {_si(other.peak)}B",
     ]
-    if plan.on_cpu:
-        # Measured with the default heap, in fp32: 1.15 times at 125M and 350M parameters, 1.26 at 50M, 2.0 at 50M with
-        # checkpointing. Without holes a step of 50M takes 10.8 s of CPU instead of 9.1.
+    if memory.resident is not None:
+        # Without holes a step of 50M takes 10.8 s of CPU instead of 9.1.
         lines.append(
-            "        on a CPU glibc's heap has holes, and may hold twice that; MALLOC_MMAP_THRESHOLD_=1048576 in the "
-            "environment avoids them, at a tenth of the speed or more"
+            f"        on a CPU the process grows by about {_si(memory.resident)}B, for glibc's heap has holes; "
+            "MALLOC_MMAP_THRESHOLD_=1048576 in the environment avoids them, at a tenth of the speed or more"
         )
     if plan.peak is not None:
         hours = plan.hours(mfu)

@@ -4,8 +4,7 @@ python scripts/measure_memory.py [--only 50m] [--heap] [--output memory.json]
 
 On a CPU the measure is the process's highest resident size less that before the model was built, on a GPU what torch
 allocated at the most. The planned bytes are those of the tensors: so that resident size means just these, glibc is told
-to give every one its own pages. `--heap` leaves glibc as it is, and the holes in its heap, which grow with the number
-of tensors below 32 MB, come on top.
+to give every one its own pages. `--heap` leaves glibc as it is, and compares with the resident bytes planned for that.
 """
 
 import contextlib
@@ -37,6 +36,7 @@ STEPS = 2
 
 def measure(case: dict) -> dict:
     """Planned and measured bytes of one case, in this process."""
+    heap = case.pop("heap")
     block_size, sequences = SIZES[case["size"]]
     config = ReZeroConfig.preset(case["size"])
     with tempfile.TemporaryDirectory() as folder:
@@ -44,7 +44,7 @@ def measure(case: dict) -> dict:
         words |= {"activation_checkpointing": case["checkpointing"]}
         words |= {"per_device_train_batch_size": sequences, "max_steps": STEPS, "disable_tqdm": True}
         args = ReZeroTrainingArguments(folder, save_strategy="no", report_to="none", **words)
-        planned = make_plan(config, args, block_size, STEPS).memory
+        memory = make_plan(config, args, block_size, STEPS).memory
         before = psutil.Process().memory_info().rss
         trainer = ReZeroTrainer(
             ReZeroForCausalLM(config),
@@ -57,7 +57,8 @@ def measure(case: dict) -> dict:
     else:
         # Linux counts in KiB.
         measured = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-    return {**case, "device": args.device.type, "planned": planned.peak, "measured": measured}
+    planned = memory.peak if not heap or memory.resident is None else memory.resident
+    return {**case, "device": args.device.type, "planned": planned, "measured": measured}
 
 
 def main(
@@ -82,7 +83,7 @@ def main(
         "checkpointing": [False, True],
     }
     for values in itertools.product(*words.values()):
-        case = json.dumps(dict(zip(words, values, strict=True)))
+        case = json.dumps(dict(zip(words, values, strict=True), heap=heap))
         command = [sys.executable, __file__, "--case", case]
         done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
         rows.append(row := json.loads(done.stdout.splitlines()[-1]))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import platform
 from typing import get_args
 
 import pytest
@@ -134,7 +135,7 @@ def test_the_peak_holds_gradients_that_accumulate(arguments):
 def test_attention_dropout_costs_a_gpu_nothing(tiny_config, arguments):
     config = tiny_config(attention_dropout=0.1)
     cpu, gpu = (make_plan(config, arguments(), TOKENS, 1, device=device).plain for device in ("cpu", "cuda"))
-    assert gpu == make_plan(tiny_config(), arguments(), TOKENS, 1).plain
+    assert gpu == make_plan(tiny_config(), arguments(), TOKENS, 1, device="cuda").plain
     assert cpu.activations > gpu.activations
 
 
@@ -166,6 +167,20 @@ def test_the_description_says_what_a_renter_asks(tiny_config, arguments):
     assert "DOES NOT FIT" in describe(dataclasses.replace(plan, capacity=10**3))
     unknown = dataclasses.replace(plan, peak=None)
     assert "hours" not in describe(unknown) and unknown.hours(0.5) is None
+
+
+def test_a_process_on_a_cpu_holds_more_than_its_tensors(arguments, monkeypatch):
+    """With glibc, and unless every tensor has pages of its own; of GPUs and several processes nothing is said."""
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "2.36"))
+    config = ReZeroConfig(hidden_size=256, num_hidden_layers=4)
+    plan = make_plan(config, arguments(), 256, 1)
+    assert plan.memory.resident > plan.memory.peak and "MALLOC_MMAP_THRESHOLD_" in describe(plan)
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
+    apart = make_plan(config, arguments(), 256, 1).memory
+    assert apart.peak == plan.memory.peak and apart.resident < plan.memory.resident
+    for elsewhere in ({"device": "cuda"}, {"world_size": 2}):
+        plan = make_plan(config, arguments(), 256, 1, **elsewhere)
+        assert plan.memory.resident is None and "MALLOC_MMAP_THRESHOLD_" not in describe(plan)
 
 
 @pytest.mark.parametrize(
