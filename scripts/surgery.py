@@ -54,7 +54,9 @@ def write(folder: Path, output: Path, model: PreTrainedModel, processor: Process
     """Export the model with what is known of its run; once the function is another one, no results."""
     record = json.loads((folder / "run.json").read_text(encoding="utf-8")) if (folder / "run.json").exists() else {}
     record |= {"parameters": model.num_parameters(), "surgery": what, **facts}
-    metrics, recipe = folder / "metrics.jsonl", folder / "recipe.yaml"
+    # A checkpoint's recipe lies beside its run.
+    run_folder = folder.absolute().parents[1] if (folder / MANIFEST).exists() else folder
+    metrics, recipe = folder / "metrics.jsonl", run_folder / "recipe.yaml"
     if "pruning" in facts:
         record.pop("results", None)
     export_folder(

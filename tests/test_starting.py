@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from huggingface_hub import constants
 from test_scripts import launch
 from test_training import prepared, trainer_for  # noqa: F401
 
@@ -98,6 +99,20 @@ def test_every_optimiser_takes_its_next_step_as_if_nothing_had_happened(name, ti
         assert torch.equal(begins.model.get_parameter(old), parameter), old
     moved = begins.model.model.layers[3].residual_norm.alpha
     assert moved.item() != 0 and moved.isfinite()
+
+
+def test_a_run_begins_from_a_revision_on_the_hub(run, config, tmp_path, monkeypatch, ids):
+    """By its name and revision, as the library finds it in its cache; its model, and no optimiser's state."""
+    repository = tmp_path / "models--org--name"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "v1").write_text("0" * 40)
+    run[0].model.save_pretrained(repository / "snapshots" / ("0" * 40))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    begins = begin(InitFrom("org/name@v1", 4), config, "adamw")
+    assert begins.said == "begins from org/name@v1: 2 layers, grown to 4, weights alone"
+    assert torch.equal(begins.model.eval()(ids).logits, run[0].model.eval()(ids).logits)
+    with pytest.raises(UserError, match="org/name@v2: no language model of rezero_hf is there"):
+        begin(InitFrom("org/name@v2", 4), config, "adamw")
 
 
 def test_what_cannot_be_begun_from_is_one_line(run, config, tiny_model, tmp_path):
