@@ -32,13 +32,23 @@ def stop(message: str) -> NoReturn:
     sys.exit(2)
 
 
-def run(main: Callable) -> None:
+def run(*mains: Callable) -> None:
     """Run a script's `main`, its arguments taken from the command line by their annotations.
 
     A `UserError` is printed as one line on stderr and ends the process with status 2. So does what a process sees when
     another one of its run, or one of its data loaders, is gone.
-    """
 
+    Args:
+        mains: one function; or several, which are the script's subcommands, by their names and docstrings.
+    """
+    help = sys.modules[mains[0].__module__].__doc__
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=help)
+    for main in mains:
+        app.command(help=help if len(mains) == 1 else main.__doc__)(_guarded(main))
+    app()
+
+
+def _guarded(main: Callable) -> Callable:
     @functools.wraps(main)
     def guarded(*args, **kwargs):
         try:
@@ -55,9 +65,7 @@ def run(main: Callable) -> None:
         finally:
             leave_group()
 
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    app.command(help=sys.modules[main.__module__].__doc__)(guarded)
-    app()
+    return guarded
 
 
 def leave_group() -> None:

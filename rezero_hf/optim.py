@@ -7,7 +7,7 @@ learning rate.
 
 from collections.abc import Iterable
 from importlib.util import find_spec
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import nn
@@ -18,6 +18,18 @@ from .errors import UserError
 OptimizerName = Literal["adamw", "adagrad", "sgd", "lamb", "muon"]
 # What pytorch-optimizer has and torch has not.
 FROM_ELSEWHERE = ("lamb", "muon")
+
+
+class NamedState(NamedTuple):
+    """What an optimiser remembers, by names instead of positions, so that it fits a model with other layers too.
+
+    Attributes:
+        parameters: parameter name -> its state.
+        steps: group name -> steps taken, of optimisers that count them once for a group (pytorch-optimizer's).
+    """
+
+    parameters: dict[str, dict[str, Any]]
+    steps: dict[str, int]
 
 
 def is_gate(name: str) -> bool:
@@ -116,6 +128,54 @@ def make_optimizer(
         return Lamb(groups, lr=lr, betas=betas, eps=eps)
     head = {id(parameter) for parameter in _head_parameters(model)}
     return Muon(_muon_groups(groups, head, lr * matrix_lr_multiplier, betas, eps), lr=lr, use_adjusted_lr=True)
+
+
+def state_by_name(saved: dict[str, Any], model: nn.Module, optimizer: OptimizerName) -> NamedState:
+    """Name what a saved `state_dict()` of an optimiser holds.
+
+    Args:
+        saved: of an optimiser that `make_optimizer` built.
+        model: of the shape it was built for.
+        optimizer: which one it is.
+
+    Raises:
+        UserError: it is of another optimiser or another model.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = make_optimizer(model, optimizer, lr=1.0).param_groups
+    # Schedules and steps leave something in a group that a new one does not have.
+    new, old = (
+        [(group["name"], len(group["params"]), set(group) - {"initial_lr", "step"}) for group in side]
+        for side in (groups, saved["param_groups"])
+    )
+    if new != old:
+        raise UserError(f"the saved optimiser is not {optimizer} over this model: training.optimizer was another one.")
+    parameters = {}
+    for group, kept in zip(groups, saved["param_groups"], strict=True):
+        for parameter, position in zip(group["params"], kept["params"], strict=True):
+            state = saved["state"].get(position, {})
+            if any(value.shape not in ((), parameter.shape) for value in state.values() if torch.is_tensor(value)):
+                raise UserError(f"the saved optimiser is of another model: {names[id(parameter)]} has another shape.")
+            parameters[names[id(parameter)]] = state
+    return NamedState(parameters, {group["name"]: group["step"] for group in saved["param_groups"] if "step" in group})
+
+
+def put_state(optimizer: torch.optim.Optimizer, model: nn.Module, state: NamedState) -> None:
+    """Give a new optimiser over `model` what is remembered of parameters of the same names; the rest starts fresh.
+
+    Where steps are counted once for a group, the count goes over, and so the parameters without memory are updated
+    without Adam's correction for it: their first update is (1 - beta1) / sqrt(1 - beta2) times the learning rate, 3.2
+    times with the defaults. A warm-up covers that.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    new = optimizer.state_dict()
+    for group, kept in zip(optimizer.param_groups, new["param_groups"], strict=True):
+        if group["name"] in state.steps:
+            kept["step"] = state.steps[group["name"]]
+        for parameter, position in zip(group["params"], kept["params"], strict=True):
+            if known := state.parameters.get(names[id(parameter)]):
+                new["state"][position] = known
+    optimizer.load_state_dict(new)
 
 
 def _head_parameters(model: nn.Module) -> Iterable[nn.Parameter]:

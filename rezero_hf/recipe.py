@@ -1,9 +1,10 @@
 """A YAML recipe, read strictly: a typo or a wrong type is an error, and every default is written out with the run.
 
-A recipe has the sections `model`, `data` and `training` (`ReZeroTrainingArguments`), and may say its `name`. Which
-fields model and data have depends on `model.model_type`: a language model by default (`ReZeroConfig`, `DataConfig`), or
-a network for images. `smoke` and `full` are dotted overrides: to seconds, and to the paper's own size. Anything can be
-overridden as `section.key=value`. A recipe with a section `study` is many runs; `studies.py` reads that.
+A recipe has the sections `model`, `data` and `training` (`ReZeroTrainingArguments`), and may say its `name` and, in
+`init_from`, what weights it starts from. Which fields model and data have depends on `model.model_type`: a language
+model by default (`ReZeroConfig`, `DataConfig`), or a network for images. `smoke` and `full` are dotted overrides: to
+seconds, and to the paper's own size. Anything can be overridden as `section.key=value`. A recipe with a section `study`
+is many runs; `studies.py` reads that.
 """
 
 import dataclasses
@@ -22,10 +23,11 @@ from .data import DataConfig
 from .image_data import ImageDataConfig, PreparedImages
 from .models import ReZeroConfig, ReZeroMLPConfig, ReZeroResNetConfig
 from .sources import Source
+from .starting import InitFrom
 from .strict import RecipeError, check_names, checked, default_of, field_types, plain
 
 
-SECTIONS = ("model", "data", "training")
+SECTIONS = ("model", "data", "training", "init_from")
 # Dotted overrides, by the name of what they make of the recipe.
 SIZES = ("smoke", "full")
 # `model_type` -> its configuration, and that of its data.
@@ -78,6 +80,7 @@ class Recipe:
         model: fields of that family's configuration.
         data: what to train on.
         training: fields of `ReZeroTrainingArguments`; the run's seed is `training.seed`.
+        init_from: what the run starts from.
     """
 
     name: str
@@ -86,6 +89,7 @@ class Recipe:
     model: dict[str, Any]
     data: DataConfig | ImageDataConfig
     training: dict[str, Any]
+    init_from: InitFrom = dataclasses.field(default_factory=InitFrom)
 
     def model_config(self, tokenizer: PreTrainedTokenizerBase) -> ReZeroConfig:
         """A language model's configuration, with what the recipe leaves to the tokenizer and the block size filled in.
@@ -160,6 +164,8 @@ class Recipe:
         # Where a machine keeps its cache is nobody else's business.
         data.pop("cache_dir")
         sections = {"name": self.name, "model": model, "data": data, "training": training}
+        if self.init_from.path is not None:
+            sections["init_from"] = dataclasses.asdict(self.init_from)
         return yaml.safe_dump(plain(sections), sort_keys=False, allow_unicode=True, width=120)
 
 
@@ -180,7 +186,7 @@ def load_recipe(
     """
     path = Path(path)
     document = read_yaml(path)
-    document.pop("study", None)
+    study = document.pop("study", None)
     name = document.pop("name", path.stem)
     check_names(document, (*SECTIONS, *SIZES), f"{path}: section")
     for section in (*SECTIONS, *SIZES):
@@ -213,13 +219,21 @@ def load_recipe(
     for field in training:
         if field in NOT_OURS:
             raise RecipeError(f"{path}: training.{field} cannot be set in a recipe: {NOT_OURS[field]}.")
+    init_from = InitFrom(**checked(document["init_from"], InitFrom, f"{path}: init_from"))
+    if init_from != InitFrom():
+        if init_from.path is None:
+            raise RecipeError(f"{path}: init_from.grow_to={init_from.grow_to} needs init_from.path, what is to grow.")
+        if study is not None or model_type != "rezero":
+            raise RecipeError(f"{path}: init_from is for single runs of language models (scripts/pretrain.py).")
+        if init_from.grow_to is not None:
+            model["num_hidden_layers"] = init_from.grow_to
     if not name_is_plain(name):
         raise RecipeError(f"{path}: name={name!r}: must be a plain word, because it names the run's folder.")
     data = dict(document["data"])
     if "sources" in data and data_class is DataConfig:
         data["sources"] = _sources(data["sources"], f"{path}: data.sources")
     data = data_class(**checked(data, data_class, f"{path}: data"))
-    return Recipe(str(name), str(path), model_type, model, data, training)
+    return Recipe(str(name), str(path), model_type, model, data, training, init_from)
 
 
 def load_language_recipe(path: str | Path, overrides: typing.Iterable[str] = (), smoke: bool = False) -> Recipe:
@@ -248,11 +262,11 @@ def changed_words(before: str, after: str) -> list[str]:
     changed = []
     old, new = (yaml.safe_load(text) for text in (before, after))
     family = FAMILIES[new["model"].get("model_type", "rezero")]
-    for section, words in zip(SECTIONS, (*family, ReZeroTrainingArguments), strict=True):
+    for section, words in zip(SECTIONS, (*family, ReZeroTrainingArguments, InitFrom), strict=True):
         defaults = {field.name: plain(default_of(field)) for field in dataclasses.fields(words)}
-        known = defaults | old.get(section, {})
-        for key in sorted(old.get(section, {}).keys() | new[section].keys()):
-            was, now = known.get(key), new[section].get(key)
+        known, given = defaults | old.get(section, {}), new.get(section, {})
+        for key in sorted(old.get(section, {}).keys() | given.keys()):
+            was, now = known.get(key), given.get(key)
             circumstance = section == "training" and any(fnmatch(key, pattern) for pattern in CIRCUMSTANCES)
             if was != now and not circumstance:
                 changed.append(f"{section}.{key}: {was} -> {now}")

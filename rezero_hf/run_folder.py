@@ -51,7 +51,7 @@ def claim_run_dir(path: str | Path, recipe: str, restart: bool = False) -> RunDi
         if path.exists() and any(path.iterdir()):
             if not (path / "recipe.yaml").is_file():
                 raise UserError(f"{path} is not empty and holds no run; choose another folder with --output.")
-            goes_on = not restart and _is_interrupted(path)
+            goes_on = not restart and is_interrupted(path)
             if goes_on:
                 _check_same_run(path, recipe)
             else:
@@ -68,8 +68,9 @@ def claim_run_dir(path: str | Path, recipe: str, restart: bool = False) -> RunDi
     return RunDir(path, aside, goes_on, lock)
 
 
-def _is_interrupted(path: Path) -> bool:
-    return not (path / "run.json").is_file() and bool(checkpoints_in(path / "checkpoints"))
+def is_interrupted(path: str | Path) -> bool:
+    """Whether a folder holds an unfinished run with checkpoints."""
+    return not (Path(path) / "run.json").is_file() and bool(checkpoints_in(Path(path) / "checkpoints"))
 
 
 def _check_same_run(path: Path, recipe: str) -> None:

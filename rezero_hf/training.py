@@ -23,7 +23,7 @@ from .data import IGNORE_INDEX, PreparedData
 from .errors import UserError
 from .flops import flops_per_token
 from .models import ReZeroConfig
-from .optim import make_optimizer
+from .optim import NamedState, make_optimizer, put_state
 from .pushing import PushingTrainer
 from .resuming import LOG
 from .throughput import Throughput
@@ -69,6 +69,8 @@ class ReZeroTrainer(PushingTrainer):
             `shift_labels` counts once and every byte weighs the same, whatever the batch size, the padding or the
             number of processes. Without it (None, default) evaluation is the library's.
         run_dir: where `metrics.jsonl` goes; None (default) writes none.
+        optimizer_state: what a new optimiser is to remember (`optim.put_state`); None (default): nothing. A checkpoint
+            to go on from comes after it.
 
     With `ReZeroTrainingArguments` every step is looked at before it counts (`watch.StepWatch`).
     """
@@ -78,9 +80,16 @@ class ReZeroTrainer(PushingTrainer):
         *args,
         token_bytes: np.ndarray | None = None,
         run_dir: str | Path | None = None,
+        optimizer_state: NamedState | None = None,
         **kwargs,
     ):
         super().__init__(*args, run_dir=run_dir, **kwargs)
+        self.optimizer_state = optimizer_state
+        if optimizer_state is not None and self.is_fsdp_enabled:
+            raise UserError(
+                "init_from: under FSDP a whole optimiser's state cannot go over: name an export of that checkpoint "
+                "(scripts/export.py), which holds weights alone."
+            )
         self.token_bytes = None if token_bytes is None else torch.as_tensor(token_bytes, device=self.args.device)
         if self.token_bytes is not None and self.compute_metrics is None:
             self.compute_metrics = _sum_over_text
@@ -125,6 +134,8 @@ class ReZeroTrainer(PushingTrainer):
                 eps=self.args.adam_epsilon,
                 momentum=self.args.momentum,
             )
+            if self.optimizer_state is not None:
+                put_state(self.optimizer, self.model if model is None else model, self.optimizer_state)
         return super().create_optimizer(model)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):

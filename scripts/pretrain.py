@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -23,12 +24,12 @@ from rezero_hf.errors import UserError
 from rezero_hf.export import export_folder, rescue
 from rezero_hf.farewell import farewell, sample
 from rezero_hf.launching import LaunchReport, check_launch
-from rezero_hf.models import ReZeroForCausalLM
 from rezero_hf.planning import describe, make_plan
 from rezero_hf.recipe import load_language_recipe
 from rezero_hf.rehearsal import rehearse
-from rezero_hf.run_folder import claim_run_dir
+from rezero_hf.run_folder import claim_run_dir, is_interrupted
 from rezero_hf.runs import now, provenance, read_metrics
+from rezero_hf.starting import InitFrom, begin
 from rezero_hf.together import everywhere, on_main
 from rezero_hf.tokenization import load_tokenizer, token_byte_lengths
 from rezero_hf.training import ReZeroTrainer, training_steps
@@ -87,7 +88,10 @@ def main(
     train_blocks = TrainBlocks(prepared, args.seed, args.max_steps * blocks_per_step)
     eval_blocks = EvalBlocks(prepared, "validation", args.eval_blocks)
     held_out = held_out_blocks(prepared, args.final_eval_blocks)
-    model = ReZeroForCausalLM(config)
+    # A run that goes on has its own weights, and may outlive those it began with.
+    has_weights = resume_from is not None or (not restart and on_main(lambda: is_interrupted(output)))
+    begins = begin(InitFrom() if has_weights else plan.init_from, config, args.optimizer)
+    model = begins.model
     record |= {
         "name": plan.name,
         "recipe_file": str(recipe),
@@ -99,6 +103,8 @@ def main(
         "tokens": args.max_steps * blocks_per_step * plan.data.block_size,
         "data": prepared.record(),
     }
+    if plan.init_from.path is not None:
+        record["init_from"] = asdict(plan.init_from)
 
     # Its lock is held for as long as this process lives.
     claimed = []
@@ -117,6 +123,7 @@ def main(
             run_dir=output,
             run=record,
             recipe_text=resolved,
+            optimizer_state=begins.optimizer_state,
         )
     except (RuntimeError, ImportError) as error:
         raise UserError(f"{recipe}: training: {error}") from error
@@ -124,6 +131,8 @@ def main(
     trainer.waits_for_pushes = False
     if main_process:
         print(f"{plan.name}: on {record['device']}")
+        if begins.said:
+            print(begins.said)
         if aside:
             print(f"an earlier run is kept in {os.path.relpath(aside)}")
     trainer.add_callback(LaunchReport(trainer, plan.data.block_size))

@@ -1,0 +1,134 @@
+"""Change a finished network: fold its gates away, add layers that are switched off, remove layers it does not use.
+
+    python scripts/surgery.py fold runs/quickstart/model folded
+    python scripts/surgery.py grow runs/quickstart/model grown --to 24
+    python scripts/surgery.py prune runs/quickstart/model smaller --text notes.txt --threshold 0.001
+
+FOLDER is an export or a training checkpoint; OUTPUT becomes an export of its own, with a card that says what was done.
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from transformers import AutoConfig, AutoProcessor, PreTrainedModel
+
+from rezero_hf.checkpoints import MANIFEST, verify_checkpoint
+from rezero_hf.cli import run
+from rezero_hf.descriptions import described_class
+from rezero_hf.errors import UserError
+from rezero_hf.export import Processor, export_folder
+from rezero_hf.pruning import prune_layers
+from rezero_hf.runs import read_metrics
+from rezero_hf.surgery import fold_gates, grow_depth
+
+
+Folder = Annotated[Path, typer.Argument(help="an export (runs/NAME/model) or a training checkpoint")]
+Output = Annotated[Path, typer.Argument(help="where to; must not hold anything yet")]
+
+
+def open_folder(folder: Path, output: Path) -> tuple[PreTrainedModel, Processor]:
+    """The model and what makes its inputs."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: there is no such folder")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output} is not empty; choose another folder")
+    if (folder / MANIFEST).exists():
+        verify_checkpoint(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} holds no model ({' '.join(str(error).split())[:160]})") from error
+    model_class = described_class(config)
+    try:
+        return model_class.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        what = " ".join(str(error).split())[:160]
+        raise UserError(f"{folder} is not whole ({what}); make an export of a checkpoint in shards first") from error
+
+
+def write(folder: Path, output: Path, model: PreTrainedModel, processor: Processor, what: str, **facts: Any) -> None:
+    """Export the model with what is known of its run; once the function is another one, no results."""
+    record = json.loads((folder / "run.json").read_text(encoding="utf-8")) if (folder / "run.json").exists() else {}
+    record |= {"parameters": model.num_parameters(), "surgery": what, **facts}
+    # A checkpoint's recipe lies beside its run.
+    run_folder = folder.absolute().parents[1] if (folder / MANIFEST).exists() else folder
+    metrics, recipe = folder / "metrics.jsonl", run_folder / "recipe.yaml"
+    if "pruning" in facts:
+        record.pop("results", None)
+    export_folder(
+        model,
+        processor,
+        output,
+        run=record,
+        metrics=read_metrics(metrics) if metrics.exists() and "pruning" not in facts else None,
+        recipe_text=recipe.read_text(encoding="utf-8") if recipe.exists() else None,
+    )
+    print(f"{output}: {what}; {model.num_parameters():,} parameters, verified; it loads anywhere as it is")
+
+
+def fold(folder: Folder, output: Output):
+    """Multiply every gate into the weights that write into the stream: the same function without gates."""
+    model, processor = open_folder(folder, output)
+    write(folder, output, fold_gates(model), processor, "its gates were multiplied into its weights")
+
+
+def grow(
+    folder: Folder,
+    output: Output,
+    to: Annotated[str, typer.Option(help="number of layers; of a ResNet one for each stage: 5,5,5")],
+    where: Annotated[str, typer.Option(help="end, interleaved, or the new layers' numbers: 1,3,5")] = "end",
+):
+    """Add layers that are switched off: the same function, bit for bit, with more to train."""
+    model, processor = open_folder(folder, output)
+    depths = numbers(to, "--to")
+    places = where if where in ("end", "interleaved") else numbers(where, "--where")
+    grown = grow_depth(model, depths if hasattr(model.config, "depths") or len(depths) > 1 else depths[0], places).model
+    before, after = model.config.num_hidden_layers, grown.config.num_hidden_layers
+    what = f"it grew from {before} to {after} layers, of which the new ones are still switched off"
+    write(folder, output, grown, processor, what)
+
+
+def prune(
+    folder: Folder,
+    output: Output,
+    text: Annotated[Path, typer.Option(help="what the layers are judged on")],
+    to: Annotated[int | None, typer.Option(help="how many layers stay")] = None,
+    threshold: Annotated[float | None, typer.Option(help="instead: the score up to which a layer goes")] = None,
+    by: Annotated[str, typer.Option(help="update (of the stream) or loss (without that layer)")] = "update",
+    pieces: Annotated[int, typer.Option(min=1, help="of the text, from its beginning")] = 32,
+    tokens: Annotated[int, typer.Option(min=2, help="of each piece")] = 256,
+):
+    """Remove the layers of a language model that hardly change its stream, or whose absence hardly raises its loss."""
+    model, processor = open_folder(folder, output)
+    if model.main_input_name != "input_ids":
+        raise UserError(f"{folder} is a model of images; rezero_hf.prune_layers takes batches of them in Python")
+    if not text.is_file():
+        raise UserError(f"{text}: there is no such file")
+    tokens = min(tokens, model.config.max_position_embeddings)
+    ids = processor(text.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"][: pieces * tokens]
+    if len(ids) < tokens:
+        raise UserError(f"{text}: {len(ids)} tokens, fewer than one piece of {tokens}; lower --tokens")
+    rows = torch.tensor(ids[: len(ids) // tokens * tokens]).view(-1, 1, tokens)
+    batches = [{"input_ids": row, "labels": row} for row in rows]
+    smaller, report = prune_layers(model, batches, to=to, threshold=threshold, by=by)
+    for layer, score in enumerate(report.scores):
+        print(f"layer {layer:>4}  {by} {score:.3g}{'  removed' if layer in report.removed else ''}")
+    print(f"loss {report.loss_before:.4f} -> {report.loss_after:.4f} nats per token, on {len(rows) * tokens} tokens")
+    what = f"{len(report.removed)} of its {len(report.scores)} layers were removed"
+    write(folder, output, smaller, processor, what, pruning=asdict(report))
+
+
+def numbers(text: str, option: str) -> list[int]:
+    """Whole numbers with commas between them."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"{option} {text}: must be whole numbers with commas between them") from None
+
+
+if __name__ == "__main__":
+    run(fold, grow, prune)
