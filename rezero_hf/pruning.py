@@ -16,7 +16,7 @@ from .surgery import assemble, changed, check_whole, layer_of, moved
 
 Measure = Literal["update", "loss"]
 # The forms in which the stream goes on where a layer is taken away: `x + ...`.
-WITH_SKIP = ("rezero", "rezero_pre_norm", "pre_norm", "branch_norm", "plain")
+WITH_SKIP = ("rezero", "rezero_pre_norm", "rezero_tanh", "pre_norm", "pre_tanh", "branch_norm", "plain")
 # What the models of this package take beside their inputs to give a loss.
 LABELS = ("labels", "shift_labels", "start_positions", "end_positions")
 

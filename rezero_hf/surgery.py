@@ -19,7 +19,7 @@ from .models.residual import RESIDUAL_FORMS
 
 
 # A gated form -> what it is once alpha is a part of F.
-FOLDED = {"rezero": "plain", "rezero_pre_norm": "pre_norm"}
+FOLDED = {"rezero": "plain", "rezero_pre_norm": "pre_norm", "rezero_tanh": "pre_tanh"}
 # act(alpha * z) = alpha * act(z) for alpha >= 0.
 HOMOGENEOUS = ("relu", "leaky_relu")
 _LAYER = re.compile(r"((?:model\.)?layers\.)(\d+)\.(.*)")
@@ -51,11 +51,11 @@ def fold_gates(model: PreTrainedModel) -> PreTrainedModel:
     forward pass.
 
     Args:
-        model: of this package, with any head or none, with `residual` `rezero` or `rezero_pre_norm`. It takes the
-            memory of one more model.
+        model: of this package, with any head or none, with a `residual` of `FOLDED`. It takes the memory of one more
+            model.
 
     Returns:
-        A model of the same class with `residual` `plain` or `pre_norm`; a new one that shares nothing with `model`.
+        A model of the same class in the form that `FOLDED` names; a new one that shares nothing with `model`.
 
     Raises:
         UserError: it is not such a model, its weights are quantised, sharded or wrapped by an adapter, or alpha cannot
@@ -66,7 +66,7 @@ def fold_gates(model: PreTrainedModel) -> PreTrainedModel:
     if config.residual not in FOLDED:
         gated = RESIDUAL_FORMS[config.residual].has_gate
         why = "its gate scales the stream too, which no form without one does" if gated else "it has no gates to fold"
-        raise UserError(f"residual={config.residual!r} cannot be folded: {why}; {' and '.join(FOLDED)} can.")
+        raise UserError(f"residual={config.residual!r} cannot be folded: {why}; {', '.join(FOLDED)} can.")
     _check_activation(config, [layer.residual_norm.alpha for layer in layers])
     state = dict(model.state_dict())
     for index, layer in enumerate(layers):
@@ -245,7 +245,7 @@ def _check_can_be_closed(config: PreTrainedConfig) -> None:
     if form.has_gate:
         if getattr(config, "activation_position", None) == "sum" and config.hidden_act != "relu":
             why = f"hidden_act={config.hidden_act!r} on the sum changes what goes through a layer whose branch is off"
-    elif config.residual not in ("plain", "pre_norm"):
+    elif config.residual not in FOLDED.values():
         why = f"a layer of residual={config.residual!r} is never the identity, whatever F is"
     elif family == "rezero_mlp":
         why = f"without a gate (residual={config.residual!r}) F would have to start at 0, where relu passes no gradient"

@@ -47,6 +47,7 @@ FORMS = [
     {"residual": "rezero", "gate_sharing": "sublayer", "gated_mlp": True, "tie_word_embeddings": True},
     {"residual": "rezero_pre_norm", "norm": "rms", "position_embedding": "learned", "attention_bias": False},
     {"residual": "rezero_pre_norm", "gate_sharing": "sublayer", "final_norm": True, "qk_norm": True},
+    {"residual": "rezero_tanh", "gate_init": 0.5},
 ]
 every_form = pytest.mark.parametrize("changes", FORMS, ids=lambda changes: "-".join(map(str, changes.values())))
 every_head = pytest.mark.parametrize("head", HEADS, ids=lambda head: head.__name__)
@@ -95,7 +96,7 @@ def test_a_folded_model_gives_the_same_logits_without_gates(tiny_model, ids, hea
     before, numbers = snapshot(model), torch.get_rng_state()
     folded = fold_gates(model)
     assert torch.equal(torch.get_rng_state(), numbers) and unchanged(model, before)
-    plain = {"rezero": "plain", "rezero_pre_norm": "pre_norm"}[model.config.residual]
+    plain = {"rezero": "plain", "rezero_pre_norm": "pre_norm", "rezero_tanh": "pre_tanh"}[model.config.residual]
     assert type(folded) is head and folded.config.residual == plain
     assert not any(name.endswith("alpha") for name in folded.state_dict())
     assert model.config.residual == changes["residual"]
