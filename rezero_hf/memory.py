@@ -88,7 +88,7 @@ def plan_memory(
         heap: a new one, where the tensors are to lie; None (default) plans no resident bytes.
     """
     dtype = compute_dtype(args)
-    with FakeTensorMode(), _LiveBytes(heap or GlibcHeap()) as count:
+    with FakeTensorMode(), _LiveBytes(heap) as count:
         model = language_model(config).train()
         model.set_attn_implementation("sdpa_without_mask")
         if (positions := model.model.embed_positions) is not None:
@@ -159,7 +159,7 @@ def plan_memory(
             activations=seen["activations"],
             loss=seen["loss"],
             peak=buckets + max(seen["passed"] + gathered, count.peak),
-            resident=heap.peak if heap else None,
+            resident=None if heap is None else heap.peak,
         )
 
 
@@ -171,7 +171,8 @@ def _gathered_elements(model: nn.Module) -> int:
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Sums the bytes of all storages alive, and places them in a heap with the small objects that torch makes for them.
+    """Sums the bytes of all storages alive, and places them in a heap, if it has one, with the small objects that torch
+    makes for them.
 
     The objects matter by where they lie: what `posix_memalign` leaves beside a tensor, 96 bytes at the most, is where
     glibc puts them. While one is there, the hole of a freed tensor does not join its neighbours, and is those bytes too
@@ -189,7 +190,7 @@ class _LiveBytes(TorchDispatchMode):
     # A node of the graph, most of them 464 to 512. Beside it an edge per tensor it came from, and sizes or strides.
     NODE, EDGE, SIZE = 488, 16, 8
 
-    def __init__(self, heap: GlibcHeap):
+    def __init__(self, heap: GlibcHeap | None):
         super().__init__()
         self.live = self.peak = self.copies = 0
         self.records = False
@@ -200,7 +201,7 @@ class _LiveBytes(TorchDispatchMode):
         self._count_copies = True
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if self.records:
+        if self.records and self._heap is not None:
             tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
             lists = (self.EDGE * len(tensors), self.SIZE * max((tensor.ndim for tensor in tensors), default=0))
             self._graph += [self._heap.malloc(size) for size in (self.NODE, *lists) if size]
@@ -233,6 +234,8 @@ class _LiveBytes(TorchDispatchMode):
 
     def _place(self, size: int) -> list[int]:
         """Blocks of a storage and its objects, in the order they are freed."""
+        if self._heap is None:
+            return []
         storage = self._heap.malloc(self.STORAGE)
         data = [self._heap.memalign(size)] if size else []
         tensor, slot, autograd = (self._heap.malloc(part) for part in self.TENSOR)

@@ -111,18 +111,12 @@ def make_plan(
     on_cpu = (device or args.device.type) == "cpu"
     has_heap = on_cpu and world_size == 1 and platform.libc_ver()[0] == "glibc"
     threshold = os.environ.get("MALLOC_MMAP_THRESHOLD_", "")
+    heap = GlibcHeap(int(threshold) if threshold.isdecimal() else None) if has_heap else None
+    # Only of the plan that is carried out, for it takes as long again.
+    heaps = (None, heap) if args.activation_checkpointing else (heap, None)
     plain, checkpointed = (
-        plan_memory(
-            planned,
-            args,
-            block_size,
-            passes,
-            world_size > 1,
-            shards,
-            checkpointing,
-            GlibcHeap(int(threshold) if threshold.isdecimal() else None) if has_heap else None,
-        )
-        for checkpointing in (False, True)
+        plan_memory(planned, args, block_size, passes, world_size > 1, shards, checkpointing, placed)
+        for checkpointing, placed in zip((False, True), heaps, strict=True)
     )
     on_gpu = (device or args.device.type) == args.device.type == "cuda"
     return RunPlan(
