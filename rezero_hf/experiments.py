@@ -209,6 +209,8 @@ def _images(recipe: Recipe, args: ReZeroTrainingArguments) -> Setting:
         "eval_dataset": EvalImages(images, "validation"),
         "compute_metrics": accuracy_metrics,
     }
-    held_out = {split: EvalImages(images, split) for split in ("train", "validation", "test")}
+    held_out = {split: EvalImages(images, split) for split in ("validation", "test")}
+    # As many as of the validation split tell whether the training images are fit better.
+    held_out["train"] = EvalImages(images, "train", len(held_out["validation"]))
     pixels = held_out["validation"][0]["pixel_values"]
     return Setting(config, words, held_out, lambda model: flops_per_image(model, pixels), images.record())

@@ -251,19 +251,21 @@ class EvalImages(_Images):
     Args:
         prepared: the images.
         split: `"validation"` or `"test"` (or `"train"`, to measure overfitting).
+        most: of so many images, evenly spaced over the split and always the same; None (default) is all of them.
 
     Raises:
         DataError: the split is empty.
     """
 
-    def __init__(self, prepared: PreparedImages, split: str) -> None:
+    def __init__(self, prepared: PreparedImages, split: str, most: int | None = None) -> None:
         super().__init__(prepared, split)
+        self._length = min(len(self._images), most or len(self._images))
 
     def __len__(self) -> int:
-        return len(self._images)
+        return self._length
 
     def _positions(self, indices: np.ndarray) -> np.ndarray:
-        return indices
+        return indices * len(self._images) // self._length
 
     def _in_unit_range(self, pixels: np.ndarray, indices: np.ndarray) -> torch.Tensor:
         return to_unit_range(pixels)

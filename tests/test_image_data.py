@@ -223,6 +223,15 @@ def test_an_item_is_a_function_of_seed_and_index(prepare):
     assert torch.equal(torch.cat([batch["labels"] for batch in batches]), whole["labels"])
 
 
+def test_a_part_of_a_split_is_spread_over_it(prepare):
+    """`most` images, always the same, from the first on in even steps; a split that is smaller is read whole."""
+    prepared = prepare()
+    whole, part = EvalImages(prepared, "train"), EvalImages(prepared, "train", most=10)
+    assert len(part) == 10 and len(EvalImages(prepared, "test", most=10**6)) == len(EvalImages(prepared, "test"))
+    for place, item in enumerate(part.__getitems__(range(10))):
+        assert torch.equal(item["pixel_values"], whole[place * len(whole) // 10]["pixel_values"])
+
+
 def test_evaluation_is_what_the_saved_processor_gives(prepare):
     """On the same PIL images: the normalisation of `cifar_image_processor`, in order, nothing changed at random."""
     images = EvalImages(prepare(), "test")
