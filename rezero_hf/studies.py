@@ -62,6 +62,7 @@ class Study:
         extend: how many values may be added to each end of such a list.
         seeds: the first is tuned with, all are run with what was chosen.
         baseline: the row that speed-ups are against.
+        ours: the row that the README's line is about.
         target: a value of the metric; steps and seconds to reach it are compared. None compares ends alone, unless
         target_at: the share of the baseline's steps at which the target is read off the baseline's mean curve.
         signal: record how signals travel, too (`diagnostics.signal_record`).
@@ -77,6 +78,7 @@ class Study:
     extend: int = 3
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     baseline: str | None = None
+    ours: str = "rezero"
     target: float | None = None
     target_at: float | None = None
     signal: bool = False

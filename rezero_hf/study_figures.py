@@ -9,7 +9,7 @@ import numpy as np
 from .figures import BLUE, GREY, VERMILION, gate_history, gate_map, log_ticks, new_figure, save, whole_ticks
 from .signal_figures import norm_curves, singular_value_histograms, toy_contours
 from .studies import METRICS, short
-from .study_results import finite, places
+from .study_results import finite, place_of, places
 from .study_tables import UNITS
 from .toy_model import toy_landscape
 
@@ -43,7 +43,7 @@ def draw(result: dict[str, Any], folder: str | Path) -> list[Path]:
     for row in result["rows"]:
         history = [{"event": "eval", **found} for found in row["runs"][0].get("alpha") or ()]
         if gate_history(history) is not None:
-            name = ",".join([row["row"], *map(str, row["at"].values())])
+            name = ",".join([row["row"], *(str(value) for _, value in place_of(row))])
             drawn.append(gate_map(history, folder / f"gates_{name}.png"))
     signals = {row["label"]: {} for row in result["rows"] if row["runs"] and "signal" in row["runs"][0]}
     for row in result["rows"]:
@@ -125,7 +125,7 @@ def bars(rows: list[dict[str, Any]], metric: str, path: str | Path) -> Path:
 def depths(result: dict[str, Any], path: str | Path) -> Path:
     """What each row ends with, against the word it was run across: mean, range of seeds, a cross where it diverged."""
     names = list(dict.fromkeys(row["label"] for row in result["rows"]))
-    values = list(dict.fromkeys(next(iter(row["at"].values())) for row in result["rows"]))
+    values = [place[0][1] for place in places(result)]
     key = short(next(iter(result["rows"][0]["at"]))).replace("_", " ")
     figure, ax = new_figure(4.6)
     shown: list[float] = []
@@ -133,7 +133,7 @@ def depths(result: dict[str, Any], path: str | Path) -> Path:
         look, colour = _line(number), _line(number)["color"]
         points, lost = {}, []
         for row in (row for row in result["rows"] if row["label"] == name):
-            place = values.index(next(iter(row["at"].values())))
+            place = values.index(place_of(row)[0][1])
             found = [run["value"] for run in row["runs"] if run["value"] is not None]
             if found:
                 points[place] = found

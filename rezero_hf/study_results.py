@@ -44,7 +44,8 @@ def summarise(
                 reached["seconds"] = reached["steps"] * row["step_seconds"]
     every = [run for cell in cells for run in runs[cell.name]]
     about = {
-        word: getattr(study, word) for word in ("item", "metric", "baseline", "seeds", "search", "target_at", "toy")
+        word: getattr(study, word)
+        for word in ("item", "metric", "baseline", "seeds", "search", "target_at", "toy", "ours")
     }
     about |= {word: every[0][word] for word in ("command", "recipe", "data")}
     # Runs of several sittings may differ in these.
@@ -71,7 +72,8 @@ def first_at(curve: list[dict[str, Any]], metric: str, target: float | None) -> 
     """Steps and training seconds at which a curve first reaches a value, between two evaluations by a straight line.
 
     Returns:
-        `steps` and `seconds`; None if it never does, or without a target.
+        `steps` and `seconds`, and `within` if it was there at the first evaluation, so that these are an upper bound;
+        None if it never gets there, or without a target.
     """
     if target is None:
         return None
@@ -82,7 +84,8 @@ def first_at(curve: list[dict[str, Any]], metric: str, target: float | None) -> 
             change = before[metric] - after[metric]
             share = (before[metric] - target) / change if change else 1.0
             read = {"steps": "step", "seconds": "training_seconds"}
-            return {name: before[key] + share * (after[key] - before[key]) for name, key in read.items()}
+            found = {name: before[key] + share * (after[key] - before[key]) for name, key in read.items()}
+            return found | ({"within": True} if before is after else {})
     return None
 
 
@@ -139,7 +142,8 @@ def finite(curve: list[dict[str, Any]], metric: str) -> list[dict[str, Any]]:
 
 def place_of(row: dict[str, Any]) -> tuple:
     """At which value of `across` a row stands; one without is nowhere."""
-    return tuple((key, str(value) if isinstance(value, list) else value) for key, value in row["at"].items())
+    at = row["at"].items()
+    return tuple((key, "-".join(map(str, value)) if isinstance(value, list) else value) for key, value in at)
 
 
 def places(result: dict[str, Any]) -> dict[tuple, list[dict[str, Any]]]:

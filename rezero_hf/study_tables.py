@@ -13,10 +13,9 @@ from .study_results import place_of, result_name
 
 CARD = """# {item}
 
-Mean and standard deviation over seeds, on validation data unless said otherwise. Milliseconds a step are medians, all
-rows by turns in one process; seconds to a target are its steps times that. Other seconds are of training, on cores that
-other runs may have shared. What the paper or its authors' notebooks report is quoted and was not checked against the
-paper; it is of another size, so only the order of rows compares.
+Mean and standard deviation over seeds, on validation data unless said otherwise. {timed}Seconds are of training, on
+cores that other runs may have shared. What the paper or its authors' notebooks report is quoted and was not checked
+against the paper; it is of another size, so only the order of rows compares.
 
 {tuning}
 
@@ -28,8 +27,10 @@ paper; it is of another size, so only the order of rows compares.
 
 Made from `model_cards/results/{source}` by `scripts/report.py`, like every number here.
 """
-TUNED = (
-    'Every row was tuned by the same rule on the first seed; "edge" marks a word whose best value is the last tried.'
+TUNED = '{rows} tuned by the same rule on the first seed; "edge" marks a word whose best value is the last tried.'
+TIMED = (
+    "Milliseconds a step are medians, all rows by turns in one process (on a CPU, one thread); seconds to a target are "
+    "its steps times that, and ≤ marks a target that was passed before the first evaluation.\n"
 )
 NOT_TUNED = "Rows were not tuned and have the same words but for what they are: this is not about where they end."
 NUMBER = re.compile(r"(\d+)")
@@ -101,9 +102,13 @@ def study_card(result: dict[str, Any], figures: Iterable[str]) -> str:
         "commits": ", ".join(commits) or "unknown",
     }
     pictures = "\n\n".join(f"![{name.partition('.')[0]}](figures/{name})" for name in figures)
-    tuning = TUNED if any(row["chosen"] for row in result["rows"]) else NOT_TUNED
+    tuned = list(dict.fromkeys(row["label"] for row in result["rows"] if row["chosen"]))
+    every = all(row["chosen"] for row in result["rows"])
+    tuning = TUNED.format(rows="Every row was" if every else f"Only {', '.join(tuned)} was") if tuned else NOT_TUNED
+    timed = any(row["step_seconds"] is not None for row in result["rows"])
     return CARD.format(
         tuning=tuning,
+        timed=TIMED if timed else "",
         item=result["item"],
         table=study_table(result),
         pictures=pictures,
@@ -128,7 +133,7 @@ def studies_table(results: Iterable[dict[str, Any]]) -> str:
         sign = 1 if METRICS[result["metric"]] else -1
         last = place_of(result["rows"][-1])
         rows = [row for row in result["rows"] if place_of(row) == last]
-        ours = next((row for row in rows if row["row"] == "rezero"), rows[-1])
+        ours = next((row for row in rows if row["row"] == result["ours"]), rows[-1])
         others = [row for row in rows if row is not ours and any(run["value"] is not None for run in row["runs"])]
         best = min(others, key=lambda row: sign * _mean(row), default=None)
         page = f"model_cards/{result_name(result)}"
@@ -137,7 +142,7 @@ def studies_table(results: Iterable[dict[str, Any]]) -> str:
             f"[{result['item']}]({page}/README.md)",
             f"[{result['name']}](scripts/recipes/{result['name']}.yaml)",
             ours["reported"] or "",
-            f"{_headline(result, ours)}{where}",
+            f"{_headline(result, ours)} ({ours['label']}{where})",
             "" if best is None else f"{_headline(result, best)} ({best['label']})",
             f"{result['size']}, {len(result['seeds'])}, {'; '.join(result['device'])}",
             f"[{_main_figure(result)}]({page}/figures/{_main_figure(result)}.png)",
@@ -182,20 +187,31 @@ def _values(runs: list[dict[str, Any]], word: str) -> str:
 
 
 def _reach(runs: list[dict[str, Any]], word: str, form: str = "{:.0f}") -> str:
-    reached = [run["to_target"][word] for run in runs if run["to_target"] is not None]
-    if not reached:
+    found = [run["to_target"] for run in runs if run["to_target"] is not None]
+    if not found:
         return "never"
-    return _spread(reached, form) + (f" ({len(reached)} of {len(runs)})" if len(reached) < len(runs) else "")
+    within = "≤ " if _within(runs) else ""
+    share = f" ({len(found)} of {len(runs)})" if len(found) < len(runs) else ""
+    return within + _spread([reached[word] for reached in found], form) + share
+
+
+def _within(runs: list[dict[str, Any]]) -> bool:
+    """Whether one of them was at the target when it was first measured."""
+    return any(run["to_target"] is not None and "within" in run["to_target"] for run in runs)
 
 
 def _speed_up(row: dict[str, Any], base: dict[str, Any] | None) -> str:
-    """How many times fewer steps than the baseline, by means over seeds; only if all runs of both arrive."""
+    """How many times fewer steps than the baseline, by means over seeds; only if all runs of both arrive, and not where
+    the baseline did before it was first measured.
+    """
     means = []
     for runs in ([] if base is None else base["runs"], row["runs"]):
         reached = [run["to_target"] for run in runs]
         means.append(fmean(found["steps"] for found in reached) if reached and all(reached) else math.nan)
     ratio = means[0] / means[1]
-    return f"{ratio:.2f}x" if math.isfinite(ratio) else ""
+    if not math.isfinite(ratio) or (row is not base and _within(base["runs"])):
+        return ""
+    return f"{'≥ ' if row is not base and _within(row['runs']) else ''}{ratio:.2f}x"
 
 
 def _chosen(row: dict[str, Any]) -> str:

@@ -21,6 +21,7 @@ from .arguments import ReZeroTrainingArguments, sequences_per_step
 from .callbacks import BitsPerByteProgress, MetricsLog, measured_in
 from .data import IGNORE_INDEX, PreparedData
 from .errors import UserError
+from .export import temporarily
 from .flops import flops_per_token
 from .models import ReZeroConfig
 from .optim import NamedState, make_optimizer, put_state
@@ -140,21 +141,25 @@ class ReZeroTrainer(PushingTrainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         """The library's schedule, with `lr_drops` over it, and the gates left out of it under `gate_lr_constant`."""
-        args = self.args
+        if self.lr_scheduler is not None:
+            return self.lr_scheduler
+        args, given = self.args, self.args.lr_scheduler_kwargs
         if args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY:
-            falling = num_training_steps - args.get_warmup_steps(num_training_steps)
-            args.lr_scheduler_kwargs = {"num_decay_steps": falling, **(args.lr_scheduler_kwargs or {})}
-        scheduler = super().create_scheduler(num_training_steps, optimizer)
+            given = {"num_decay_steps": num_training_steps - args.get_warmup_steps(num_training_steps), **(given or {})}
+        with temporarily(args, lr_scheduler_kwargs=given):
+            scheduler = super().create_scheduler(num_training_steps, optimizer)
         drops = [share * num_training_steps for share in getattr(args, "lr_drops", None) or ()]
         constant = getattr(args, "gate_lr_constant", False)
-        if (drops or constant) and not isinstance(scheduler, LambdaLR):
+        if not drops and not constant:
+            return scheduler
+        if not isinstance(scheduler, LambdaLR):
             word = "lr_drops" if drops else "gate_lr_constant"
             raise UserError(f"{word} does not go with lr_scheduler_type={args.lr_scheduler_type}.")
         for place, group in enumerate(scheduler.optimizer.param_groups):
             if constant and group.get("name") == "gates":
                 scheduler.lr_lambdas[place] = lambda step: 1.0
                 group["lr"] = group["initial_lr"]
-            elif drops:
+            else:
                 scheduler.lr_lambdas[place] = partial(_dropped, scheduler.lr_lambdas[place], drops)
         return scheduler
 

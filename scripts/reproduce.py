@@ -9,7 +9,7 @@ What was stopped goes on with the same command: finished runs are kept.
 import json
 import shutil
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -50,24 +50,26 @@ def main(
     study = study.smallest() if smoke else study
     words = {"only": only, "overrides": tuple(overrides or ()), "size": size, "jobs": jobs}
     runs = run_study(recipe, study, output, **words)
-    step_seconds = None
-    if study.baseline is not None and only is None:
+    result = summarise(plan.name, size, study, runs)
+    if only is not None:
+        print(study_table(result))
+        return
+    write(result, output)
+    if study.baseline is not None:
         # What was chosen comes first.
         chosen = {cell.name: cell.overrides(runs[cell.name][0]["set"]) for cell in study.cells()}
-        recipes = {
-            name: load_recipe(recipe, [*set_to, *words["overrides"]], smoke, full) for name, set_to in chosen.items()
-        }
-        threads = next(iter(runs.values()))[0]["threads"]
-        step_seconds = step_times(recipes, seconds=2 if smoke else 60, threads=threads)
-    result = summarise(plan.name, size, study, runs, step_seconds)
+        tuned = {name: load_recipe(recipe, [*said, *words["overrides"]], smoke, full) for name, said in chosen.items()}
+        result = summarise(plan.name, size, study, runs, step_times(tuned, seconds=2 if smoke else 60))
+        write(result, output)
     print(study_table(result))
-    if only is not None:
-        return
     shutil.rmtree(output / "figures", ignore_errors=True)
-    (output / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for picture in draw(result, output / "figures"):
         print(picture)
     print(f"commit it with: python scripts/report.py {output}")
+
+
+def write(result: dict[str, Any], output: Path) -> None:
+    (output / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from rezero_hf import ReZeroTrainer
+from rezero_hf import ReZeroMLPForImageClassification, ReZeroTrainer
 from rezero_hf.errors import UserError
-from rezero_hf.experiments import run_experiment
+from rezero_hf.experiments import MODELS, run_experiment
 from rezero_hf.recipe import load_language_recipe, load_recipe
 from rezero_hf.step_times import step_times
 from rezero_hf.studies import load_study, run_study
@@ -178,12 +178,21 @@ def test_an_image_recipe_is_not_for_the_pretraining_script(recipe):
         load_language_recipe(recipe)
 
 
-def test_steps_of_several_forms_are_timed_by_turns(recipe, data):
-    """Every form gets its seconds of a step, and the caller's threads are as before."""
-    threads = torch.get_num_threads()
-    found = step_times({
+def test_steps_of_several_forms_are_timed_by_turns(recipe, data, monkeypatch):
+    """After two steps each, every form takes one before any takes its next; the caller's threads are as before."""
+    threads, taken = torch.get_num_threads(), []
+
+    def watched(config):
+        model = ReZeroMLPForImageClassification(config)
+        model.register_forward_pre_hook(lambda *_: taken.append(config.num_hidden_layers))
+        return model
+
+    monkeypatch.setitem(MODELS, "rezero_mlp", watched)
+    forms = {
         name: load_recipe(recipe, [f"model.num_hidden_layers={layers}", *data["rezero_mlp"]])
-        for name, layers in {"shallow": 2, "deep": 60}.items()
-    }, seconds=0.0)  # fmt: skip
+        for name, layers in {"shallow": 2, "deep": 4}.items()
+    }
+    found = step_times(forms, seconds=0.0)
+    assert taken == [2, 2, 4, 4] + [2, 4] * 3
     assert set(found) == {"shallow", "deep"} and all(seconds > 0 for seconds in found.values())
     assert torch.get_num_threads() == threads

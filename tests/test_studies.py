@@ -125,11 +125,11 @@ def test_a_table_shows_spread_targets_edges_and_divergence():
 def test_each_depth_is_held_against_its_own_baseline(tmp_path):
     """Targets, speed-ups and pictures are of one value of `across`, never of another one's baseline."""
     rows = {"base": Row("base line"), "fast": Row("fast")}
-    depths = {"model.num_hidden_layers": [2, 4]}
+    depths = {"model.depths": [[2, 2], [4, 4]]}
     study = Study("item", rows, seeds=[0], baseline="base", target_at=0.5, across=depths, extend=0)
     ends = {("base", 2): 2.0, ("fast", 2): 1.0, ("base", 4): 3.0, ("fast", 4): 2.0}
     runs = {
-        cell.name: [{**record(ends[cell.row, *cell.at.values()], 0), "set": {}, "chosen": True}]
+        cell.name: [{**record(ends[cell.row, cell.at["model.depths"][0]], 0), "set": {}, "chosen": True}]
         for cell in study.cells()
     }
     result = summarise("demo", "cpu", study, runs)
@@ -137,7 +137,7 @@ def test_each_depth_is_held_against_its_own_baseline(tmp_path):
     assert study_table(result).count(" 1.00x ") == 2
     assert "| 25 to 3.5 | 2.00x |" in study_table(result)
     drawn = {path.name for path in draw(result, tmp_path)}
-    assert drawn == {"depths.png", "curves_2.png", "steps_2.png", "curves_4.png", "steps_4.png"}
+    assert drawn == {"depths.png", "curves_2-2.png", "steps_2-2.png", "curves_4-4.png", "steps_4-4.png"}
 
 
 def test_what_a_study_varies_cannot_be_overridden(tmp_path):
@@ -158,6 +158,7 @@ def test_a_target_is_read_between_two_evaluations():
     curve = record(2.0, 0)["curve"]
     assert first_at(curve, "bits_per_byte", 3.25) == {"steps": 37.5, "seconds": 3.75}
     assert first_at(curve, "bits_per_byte", 1.0) is None
+    assert first_at(curve[1:], "bits_per_byte", 3.75) == {"steps": 25.0, "seconds": 2.5, "within": True}
     rising = [
         {"step": 1, "training_seconds": 1.0, "accuracy": 0.2},
         {"step": 3, "training_seconds": 2.0, "accuracy": 0.6},

@@ -81,7 +81,7 @@ class ReZeroPreNorm(Residual):
 
 
 class ReZeroTanh(Residual):
-    """`x + alpha * F(c tanh(x / c))`, c = 2: what a branch sees is bounded, value by value; no norm anywhere.
+    """`x + alpha * F(2 tanh(x / 2))`: what a branch sees is bounded, value by value; no norm anywhere.
 
     Without it a branch's output is the next one's input, so a deep stream multiplies where a normalised one adds, and
     alpha has to stay small. It is Dynamic Tanh (arXiv 2503.10622) without the slope and the gains that it trains: a
@@ -113,7 +113,7 @@ class PreNorm(Residual):
 
 
 class PreTanh(Residual):
-    """`x + F(c tanh(x / c))`: `ReZeroTanh` once alpha is a part of F."""
+    """`x + F(2 tanh(x / 2))`: `ReZeroTanh` once alpha is a part of F."""
 
     def forward(self, x, f, branch):
         return x + f(bounded(x))
