@@ -7,12 +7,13 @@ own difficulty asked for. Runs are independent: they go on `jobs` at a time, and
 
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, Literal
 
@@ -314,7 +315,12 @@ def _start_worker(threads: int) -> None:
 def _run(path: str, overrides: list[str], folder: str, size: str, **measures: bool) -> dict[str, Any]:
     """One run, in a process of the pool."""
     recipe = load_recipe(path, overrides, smoke=size == "smoke", full=size == "full")
-    return run_experiment(recipe, folder, **measures)
+    try:
+        return run_experiment(recipe, folder, **measures)
+    finally:
+        # Told to stop by its parent's death, a run saves first; after that nobody has anything for this process to do.
+        if not parent_process().is_alive():
+            os._exit(143)
 
 
 def _overrides(words: dict[str, Any]) -> list[str]:

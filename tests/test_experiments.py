@@ -5,8 +5,10 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -164,6 +166,25 @@ def test_the_script_tunes_and_draws(recipe, tmp_path):
     assert pictures == {"curves.png", "steps.png", "gates_rezero.png"}
     assert len(list((tmp_path / "runs").rglob("run.json"))) == 6
     assert done.stdout.count("| rezero |") == 1
+
+
+def test_no_run_outlives_its_study(recipe, tmp_path):
+    """A study that is killed takes its workers along, also one that first saves what it was doing."""
+    recipe.write_text(
+        TINY.replace("max_steps: 6", "max_steps: 1000000").replace('save_strategy: "no"', "save_strategy: steps")
+        + "study: {item: a test, metric: loss, seeds: [0], rows: {a: {label: a}}}\n"
+    )
+    command = [sys.executable, ROOT / "scripts" / "reproduce.py", recipe, "--jobs", "1", "--output", tmp_path / "runs"]
+    study = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = tmp_path / "runs" / "a" / "seed=0" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and '"event": "eval"' in log.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    workers = psutil.Process(study.pid).children(recursive=True)
+    study.kill()
+    study.wait()
+    assert workers and not psutil.wait_procs(workers, timeout=60)[1]
+    assert '"event": "save"' in log.read_text()
 
 
 def test_a_run_that_cannot_be_made_ends_the_study_with_one_line(recipe, tmp_path):
