@@ -195,9 +195,11 @@ def _equation(config: PreTrainedConfig) -> str:
 def _gate(config: PreTrainedConfig, sharing: str, at_zero: str) -> str:
     """The sentence on the gate: whose it is, and what a layer does while it is 0."""
     if not RESIDUAL_FORMS[config.residual].has_gate:
-        return f"Like a baseline for [ReZero]({PAPER}) it has no gates. "
-    text = f"The gate alpha is one learned number for {sharing}, and starts at {config.gate_init:g}"
-    if config.gate_init == 0:
+        return f"It has no gates, as a baseline for [ReZero]({PAPER}) or because they were folded into its weights. "
+    text = f"The gate alpha is one number for {sharing}, and starts at {config.gate_init:g}"
+    if getattr(config, "output_init_scale", 1) == 0:
+        text += f", F at 0: before training each layer {at_zero}"
+    elif config.gate_init == 0:
         text += f": before training each layer {at_zero}, and training switches the layers on"
     return f"{text} ([ReZero is All You Need]({PAPER})). "
 
