@@ -1,11 +1,16 @@
-"""Where a run begins: with random weights, or with another run's model, grown, and what its optimiser remembers."""
+"""Where a run begins: with random weights, or with another run's model, grown, and what its optimiser remembers.
+
+`load_whole` is how that model is loaded, here and in `scripts/surgery.py`.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
 from .checkpoints import MANIFEST, verify_checkpoint
@@ -24,6 +29,10 @@ FREE = (
     *("use_cache", "bos_token_id", "eos_token_id", "pad_token_id"),
 )
 OPTIMIZER = "optimizer.pt"
+# What FSDP's SHARDED_STATE_DICT saves instead of a file of weights.
+SHARDS = "pytorch_model_fsdp_0"
+# What the libraries raise of a folder that holds no model of theirs, or a damaged one.
+UNREADABLE = (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError)
 
 
 @dataclass
@@ -73,7 +82,7 @@ def begin(init_from: InitFrom, config: ReZeroConfig, optimizer: OptimizerName) -
     """
     if init_from.path is None:
         return Beginning(ReZeroForCausalLM(config))
-    folder = Path(init_from.path)
+    folder, called = Path(init_from.path), f"init_from.path={init_from.path}"
     local = folder.is_dir()
     name, _, revision = (init_from.path, "", "") if local else init_from.path.partition("@")
     where = {"revision": revision or None, "trust_remote_code": False}
@@ -87,17 +96,11 @@ def begin(init_from: InitFrom, config: ReZeroConfig, optimizer: OptimizerName) -
         found = ReZeroConfig.from_pretrained(name, **where)
         _check_same_model(init_from, found, config)
         start = changed(config, num_hidden_layers=found.num_hidden_layers)
-        words = {"config": start, "dtype": torch.float, "output_loading_info": True}
-        model, loaded = ReZeroForCausalLM.from_pretrained(name, **where, **words)
     except UserError:
         raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        why = " ".join(str(error).split())[:200]
-        raise UserError(f"init_from.path={init_from.path}: no language model of rezero_hf is there ({why}).") from error
-    if wrong := sorted(loaded["missing_keys"] | loaded["unexpected_keys"]):
-        raise UserError(
-            f"init_from.path={init_from.path}: another head, {len(wrong)} names differ, such as {wrong[0]}."
-        )
+    except UNREADABLE as error:
+        raise UserError(f"{called}: no language model of rezero_hf is there ({one_line(error)}).") from error
+    model = load_whole(name, ReZeroForCausalLM, called, config=start, dtype=torch.float, **where)
     grown, names = model, {name: name for name in model.state_dict()}
     if config.num_hidden_layers != found.num_hidden_layers:
         grown, names = grow_depth(model, config.num_hidden_layers)
@@ -114,6 +117,38 @@ def begin(init_from: InitFrom, config: ReZeroConfig, optimizer: OptimizerName) -
     if grown is not model:
         depth += f", grown to {config.num_hidden_layers}"
     return Beginning(grown.train(), state, f"begins from {init_from.path}: {depth}, {kept}")
+
+
+def load_whole(name: str | Path, model_class: type[PreTrainedModel], called: str, **words: Any) -> PreTrainedModel:
+    """A saved model, every weight of which came from its files; `from_pretrained` draws what it does not find.
+
+    Args:
+        name: a folder, or a repository on the Hub.
+        model_class: the model's class.
+        called: what messages begin with.
+        words: further arguments of `from_pretrained`.
+
+    Raises:
+        UserError: the weights are in shards, unreadable or of other shapes than the configuration's, or some are
+            missing or left over.
+    """
+    if (Path(name) / SHARDS).is_dir():
+        raise UserError(f"{called}: its weights are in shards; name an export of it (scripts/export.py).")
+    try:
+        model, loaded = model_class.from_pretrained(name, output_loading_info=True, **words)
+    except UNREADABLE as error:
+        raise UserError(f"{called}: its weights cannot be loaded ({one_line(error)}).") from error
+    wrong = [f"{key} is missing" for key in sorted(loaded["missing_keys"])]
+    wrong += [f"{key} belongs to another model" for key in sorted(loaded["unexpected_keys"])]
+    if wrong:
+        more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise UserError(f"{called}: its weights are not those of a {model_class.__name__}: {wrong[0]}{more}.")
+    return model
+
+
+def one_line(error: Exception) -> str:
+    """The beginning of what a library says, for the end of a message of ours."""
+    return " ".join(str(error).split())[:200]
 
 
 def _check_same_model(init_from: InitFrom, found: ReZeroConfig, config: ReZeroConfig) -> None:

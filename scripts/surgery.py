@@ -23,6 +23,7 @@ from rezero_hf.errors import UserError
 from rezero_hf.export import Processor, export_folder
 from rezero_hf.pruning import prune_layers
 from rezero_hf.runs import read_metrics
+from rezero_hf.starting import UNREADABLE, load_whole, one_line
 from rezero_hf.surgery import fold_gates, grow_depth
 
 
@@ -40,14 +41,14 @@ def open_folder(folder: Path, output: Path) -> tuple[PreTrainedModel, Processor]
         verify_checkpoint(folder)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} holds no model ({' '.join(str(error).split())[:160]})") from error
-    model_class = described_class(config)
+    except UNREADABLE as error:
+        raise UserError(f"{folder} holds no model ({one_line(error)})") from error
+    model = load_whole(folder, described_class(config), str(folder))
     try:
-        return model_class.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        what = " ".join(str(error).split())[:160]
-        raise UserError(f"{folder} is not whole ({what}); make an export of a checkpoint in shards first") from error
+        return model, AutoProcessor.from_pretrained(folder)
+    # Of any kind, as in `tokenization.load_tokenizer`.
+    except Exception as error:
+        raise UserError(f"{folder} holds no tokenizer or image processor ({one_line(error)})") from error
 
 
 def write(folder: Path, output: Path, model: PreTrainedModel, processor: Processor, what: str, **facts: Any) -> None:

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from conftest import switch_on
+from safetensors.torch import load_file, save_file
 from test_portable import finish, start
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -430,6 +431,26 @@ def test_the_script_on_images(surgery, tmp_path):
     assert surgery("grow", tmp_path / "model", tmp_path / "grown", "--to", "2,3")[0] == 0
     grown = ReZeroResNetForImageClassification.from_pretrained(tmp_path / "grown")
     assert torch.equal(grown(pictures(8)).logits, resnet()(pictures(8)).logits)
+
+
+def test_only_a_whole_model_is_changed(folder, surgery, tmp_path):
+    """A missing, foreign, cut or misshapen weight ends in one line: the library would draw it at random, or raise."""
+    output, file = tmp_path / "output", folder / "model.safetensors"
+    state, whole = load_file(file), file.read_bytes()
+    name = "model.layers.1.mlp.down_proj.weight"
+    for damage, message in [
+        ({key: value for key, value in state.items() if key != name}, f"{name} is missing"),
+        ({**state, "model.layers.9.mlp.down_proj.weight": state[name].clone()}, "9.mlp.down_proj.weight belongs to another"),
+        ({**state, name: state[name][:-1].contiguous()}, "its weights cannot be loaded"),
+        (whole[:-100], "its weights cannot be loaded"),
+    ]:
+        if isinstance(damage, bytes):
+            file.write_bytes(damage)
+        else:
+            save_file(damage, file, metadata={"format": "pt"})
+        status, _, error = surgery("fold", folder, output)
+        assert status == 2 and error.startswith(f"error: {folder}: ") and message in error, error
+        assert not output.exists()
 
 
 def test_a_mistake_in_the_script_is_one_line_and_leaves_nothing(
