@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import PreTrainedModel
-from transformers.utils import CONFIG_NAME
+from tokenizers import Tokenizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import CONFIG_NAME, cached_file
 
 from .checkpoints import MANIFEST, verify_checkpoint
 from .errors import UserError
@@ -19,7 +20,7 @@ from .models import ReZeroConfig, ReZeroForCausalLM
 from .optim import NamedState, OptimizerName, state_by_name
 from .strict import field_types
 from .surgery import changed, grow_depth
-from .together import on_main
+from .together import everywhere, on_main
 
 
 # Words of the model that may differ from the checkpoint's: depth has its own word, dropout is a part of training, and
@@ -41,9 +42,11 @@ class InitFrom:
 
     Args:
         path: a training checkpoint or an export on this machine, or the model at the root of `ORG/NAME` or
-            `ORG/NAME@REVISION` on the Hub; none of its code is run. It must be the recipe's model, but for depth and
-            dropout. From a training checkpoint the optimiser's state goes over too; schedule, steps and the order of
-            the data begin anew. None (default): random weights.
+            `ORG/NAME@REVISION` on the Hub; none of its code is run. It must be the recipe's model and vocabulary, but
+            for depth and dropout. From a training checkpoint the optimiser's state goes over too, but not by way of
+            FSDP: a checkpoint written under it gives weights alone (one of `SHARDED_STATE_DICT` must become an export
+            first, by `scripts/export.py`), and a run under it refuses a checkpoint with such a state. Schedule, steps
+            and the order of the data begin anew. None (default): random weights.
         grow_to: grow it to so many layers first (`surgery.grow_depth`, the new ones at the end), and train those:
             `model.num_hidden_layers` then follows. None (default): as many as it has.
     """
@@ -66,7 +69,13 @@ class Beginning(NamedTuple):
     said: str | None = None
 
 
-def begin(init_from: InitFrom, config: ReZeroConfig, optimizer: OptimizerName) -> Beginning:
+def begin(
+    init_from: InitFrom,
+    config: ReZeroConfig,
+    optimizer: OptimizerName,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    sharded: bool = False,
+) -> Beginning:
     """Make a run's model: new, or loaded and grown, with its optimiser's state. All processes of a run call it.
 
     New parameters have no state: the optimiser meets them as it meets those of a new model.
@@ -75,20 +84,28 @@ def begin(init_from: InitFrom, config: ReZeroConfig, optimizer: OptimizerName) -
         init_from: which, and to what depth.
         config: of the model to train, `num_hidden_layers` being `grow_to` where that is given.
         optimizer: with which it is trained.
+        tokenizer: of the text to train on; where the model has one too, both must have the same vocabulary. None
+            (default): not compared.
+        sharded: train under FSDP, where a whole optimiser's state cannot go over. Default: no.
 
     Raises:
-        UserError: there is no such model, it is damaged, it is another one than the recipe's, it cannot be grown to
-            that depth, or its optimiser was another one.
+        UserError: there is no such model, some processes do not see its folder, it is damaged, it or its vocabulary is
+            another one than the recipe's, it cannot be grown to that depth, its optimiser was another one, or has a
+            state under FSDP.
     """
     if init_from.path is None:
         return Beginning(ReZeroForCausalLM(config))
     folder, called = Path(init_from.path), f"init_from.path={init_from.path}"
-    local = folder.is_dir()
+    # The main process says what it is: to one that does not see the folder, its path would be a name on the Hub.
+    local, remembers = on_main(lambda: _look_at(folder))
+    everywhere(lambda: _check_seen(folder, local, called), "every process has to see it")
+    if remembers and sharded:
+        raise UserError(
+            f"{called}: under FSDP a whole optimiser's state cannot go over: name an export of it (scripts/export.py), "
+            "which holds weights alone."
+        )
     name, _, revision = (init_from.path, "", "") if local else init_from.path.partition("@")
     where = {"revision": revision or None, "trust_remote_code": False}
-    checkpoint = local and (folder / MANIFEST).exists()
-    if checkpoint:
-        on_main(lambda: verify_checkpoint(folder))
     try:
         # Asked for a configuration, the library makes one of whatever it finds.
         if ReZeroConfig.get_config_dict(name, **where)[0].get("model_type") != ReZeroConfig.model_type:
@@ -100,12 +117,14 @@ def begin(init_from: InitFrom, config: ReZeroConfig, optimizer: OptimizerName) -
         raise
     except UNREADABLE as error:
         raise UserError(f"{called}: no language model of rezero_hf is there ({one_line(error)}).") from error
+    if tokenizer is not None:
+        _check_same_vocabulary(called, name, revision or None, tokenizer)
     model = load_whole(name, ReZeroForCausalLM, called, config=start, dtype=torch.float, **where)
     grown, names = model, {name: name for name in model.state_dict()}
     if config.num_hidden_layers != found.num_hidden_layers:
         grown, names = grow_depth(model, config.num_hidden_layers)
     state = None
-    if checkpoint and (folder / OPTIMIZER).exists():
+    if remembers:
         saved = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
         try:
             state = state_by_name(saved, model, optimizer)
@@ -149,6 +168,36 @@ def load_whole(name: str | Path, model_class: type[PreTrainedModel], called: str
 def one_line(error: Exception) -> str:
     """The beginning of what a library says, for the end of a message of ours."""
     return " ".join(str(error).split())[:200]
+
+
+def _look_at(folder: Path) -> tuple[bool, bool]:
+    """Whether there is such a folder, and whether it is a checkpoint, which is verified, with an optimiser's state."""
+    checkpoint = (folder / MANIFEST).exists()
+    if checkpoint:
+        verify_checkpoint(folder)
+    return folder.is_dir(), checkpoint and (folder / OPTIMIZER).exists()
+
+
+def _check_seen(folder: Path, expected: bool, called: str) -> None:
+    if folder.is_dir() != expected:
+        raise UserError(f"{called}: a folder on some processes only")
+
+
+def _check_same_vocabulary(called: str, name: str, revision: str | None, tokenizer: PreTrainedTokenizerBase) -> None:
+    there_or_not = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    file = cached_file(name, "tokenizer.json", revision=revision, **there_or_not)
+    if file is None:
+        return
+    try:
+        there = Tokenizer.from_file(file).get_vocab()
+    # The library raises nothing narrower.
+    except Exception as error:
+        raise UserError(f"{called}: its tokenizer.json cannot be read ({one_line(error)}).") from error
+    if differ := sorted(there.items() ^ tokenizer.get_vocab().items()):
+        raise UserError(
+            f"{called}: its vocabulary is not that of data.tokenizer: {len(differ)} entries are of one alone, such as "
+            f"{differ[0][0]!r} with the id {differ[0][1]}; train with the tokenizer that lies there."
+        )
 
 
 def _check_same_model(init_from: InitFrom, found: ReZeroConfig, config: ReZeroConfig) -> None:
