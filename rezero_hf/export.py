@@ -93,7 +93,7 @@ def export_folder(
     Raises:
         CheckpointError: What was written does not verify.
         UserError: There is no card for the model: it has another head.
-        UserError: `folder` holds files that no export writes.
+        UserError: `folder` holds files that no export writes, or cannot be made.
         UserError: The card in `folder` has lost the markers around the user's section.
     """
     folder = Path(folder).absolute()
@@ -102,7 +102,10 @@ def export_folder(
     _refuse_strange_files(folder)
     card = folder / "README.md"
     old_card = card.read_text(encoding="utf-8") if card.exists() else None
-    partial.mkdir(parents=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be made ({error.strerror}); choose another folder to export to") from error
     try:
         _write_model(model, processor, partial, state_dict)
         write_records(partial, run, recipe_text)

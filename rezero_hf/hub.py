@@ -112,7 +112,7 @@ def render_card(
         classes=config.num_labels,
         grey=about.of_images and config.num_channels == 1,
         unfinished=run.get("unfinished"),
-        surgery=run.get("surgery"),
+        surgery=join(operation["what"] for operation in run.get("surgery") or ()),
         origin=(run.get("init_from") or {}).get("path"),
         parameters=f"{run['parameters']:,}" if run.get("parameters") else None,
         sources=join(titles.get(source, f"`{source}`") for source in sources),

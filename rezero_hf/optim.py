@@ -166,8 +166,14 @@ def put_state(optimizer: torch.optim.Optimizer, model: nn.Module, state: NamedSt
     Where steps are counted once for a group, the count goes over, and so the parameters without memory are updated
     without Adam's correction for it: their first update is (1 - beta1) / sqrt(1 - beta2) times the learning rate, 3.2
     times with the defaults. A warm-up covers that.
+
+    Raises:
+        UserError: nothing is remembered of any parameter of `model`, as where a wrapper has put a prefix before names.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
+    if state.parameters.keys().isdisjoint(names.values()):
+        theirs, ours = (next(iter(side), "nothing") for side in (state.parameters, names.values()))
+        raise UserError(f"the optimiser's state is of no parameter of this model: of {theirs} there, {ours} here.")
     new = optimizer.state_dict()
     for group, kept in zip(optimizer.param_groups, new["param_groups"], strict=True):
         if group["name"] in state.steps:

@@ -68,7 +68,7 @@ def prune_layers(
 
     Raises:
         UserError: it is not such a model or not whole (see `fold_gates`); there are no batches, or they give no loss;
-            `to` or `threshold` would leave nothing.
+            `to` or `threshold` would leave nothing, or remove nothing.
     """
     check_whole(model)
     config, batches = model.config, list(batches)
@@ -94,6 +94,11 @@ def prune_layers(
         raise UserError(
             f"threshold={threshold:g}: no layer's {by} is above it (the largest is {max(scores):g}), so none would be "
             "left; lower it, or train the network first if its gates are all still 0."
+        )
+    if not removed:
+        raise UserError(
+            f"threshold={threshold:g}: every layer's {by} is above it (the smallest is {min(scores):g}), so none would "
+            "go; raise it."
         )
     kept = [index for index in range(depth) if index not in removed]
     places = {old: new for new, old in enumerate(kept)}

@@ -1,12 +1,18 @@
-"""Where a run begins: with random weights, or with another run's model, grown, and what its optimiser remembers."""
+"""Where a run begins: with random weights, or with another run's model, grown, and what its optimiser remembers.
+
+`load_whole` is how that model is loaded, here and in `scripts/surgery.py`.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers.utils import CONFIG_NAME
+from tokenizers import Tokenizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import CONFIG_NAME, cached_file
 
 from .checkpoints import MANIFEST, verify_checkpoint
 from .errors import UserError
@@ -14,7 +20,7 @@ from .models import ReZeroConfig, ReZeroForCausalLM
 from .optim import NamedState, OptimizerName, state_by_name
 from .strict import field_types
 from .surgery import changed, grow_depth
-from .together import on_main
+from .together import everywhere, on_main
 
 
 # Words of the model that may differ from the checkpoint's: depth has its own word, dropout is a part of training, and
@@ -24,6 +30,10 @@ FREE = (
     *("use_cache", "bos_token_id", "eos_token_id", "pad_token_id"),
 )
 OPTIMIZER = "optimizer.pt"
+# What FSDP's SHARDED_STATE_DICT saves instead of a file of weights.
+SHARDS = "pytorch_model_fsdp_0"
+# What the libraries raise of a folder that holds no model of theirs, or a damaged one.
+UNREADABLE = (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError)
 
 
 @dataclass
@@ -32,9 +42,11 @@ class InitFrom:
 
     Args:
         path: a training checkpoint or an export on this machine, or the model at the root of `ORG/NAME` or
-            `ORG/NAME@REVISION` on the Hub; none of its code is run. It must be the recipe's model, but for depth and
-            dropout. From a training checkpoint the optimiser's state goes over too; schedule, steps and the order of
-            the data begin anew. None (default): random weights.
+            `ORG/NAME@REVISION` on the Hub; none of its code is run. It must be the recipe's model and vocabulary, but
+            for depth and dropout. From a training checkpoint the optimiser's state goes over too, but not by way of
+            FSDP: a checkpoint written under it gives weights alone (one of `SHARDED_STATE_DICT` must become an export
+            first, by `scripts/export.py`), and a run under it refuses a checkpoint with such a state. Schedule, steps
+            and the order of the data begin anew. None (default): random weights.
         grow_to: grow it to so many layers first (`surgery.grow_depth`, the new ones at the end), and train those:
             `model.num_hidden_layers` then follows. None (default): as many as it has.
     """
@@ -57,7 +69,13 @@ class Beginning(NamedTuple):
     said: str | None = None
 
 
-def begin(init_from: InitFrom, config: ReZeroConfig, optimizer: OptimizerName) -> Beginning:
+def begin(
+    init_from: InitFrom,
+    config: ReZeroConfig,
+    optimizer: OptimizerName,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    sharded: bool = False,
+) -> Beginning:
     """Make a run's model: new, or loaded and grown, with its optimiser's state. All processes of a run call it.
 
     New parameters have no state: the optimiser meets them as it meets those of a new model.
@@ -66,20 +84,28 @@ def begin(init_from: InitFrom, config: ReZeroConfig, optimizer: OptimizerName) -
         init_from: which, and to what depth.
         config: of the model to train, `num_hidden_layers` being `grow_to` where that is given.
         optimizer: with which it is trained.
+        tokenizer: of the text to train on; where the model has one too, both must have the same vocabulary. None
+            (default): not compared.
+        sharded: train under FSDP, where a whole optimiser's state cannot go over. Default: no.
 
     Raises:
-        UserError: there is no such model, it is damaged, it is another one than the recipe's, it cannot be grown to
-            that depth, or its optimiser was another one.
+        UserError: there is no such model, some processes do not see its folder, it is damaged, it or its vocabulary is
+            another one than the recipe's, it cannot be grown to that depth, its optimiser was another one, or has a
+            state under FSDP.
     """
     if init_from.path is None:
         return Beginning(ReZeroForCausalLM(config))
-    folder = Path(init_from.path)
-    local = folder.is_dir()
+    folder, called = Path(init_from.path), f"init_from.path={init_from.path}"
+    # The main process says what it is: to one that does not see the folder, its path would be a name on the Hub.
+    local, remembers = on_main(lambda: _look_at(folder))
+    everywhere(lambda: _check_seen(folder, local, called), "every process has to see it")
+    if remembers and sharded:
+        raise UserError(
+            f"{called}: under FSDP a whole optimiser's state cannot go over: name an export of it (scripts/export.py), "
+            "which holds weights alone."
+        )
     name, _, revision = (init_from.path, "", "") if local else init_from.path.partition("@")
     where = {"revision": revision or None, "trust_remote_code": False}
-    checkpoint = local and (folder / MANIFEST).exists()
-    if checkpoint:
-        on_main(lambda: verify_checkpoint(folder))
     try:
         # Asked for a configuration, the library makes one of whatever it finds.
         if ReZeroConfig.get_config_dict(name, **where)[0].get("model_type") != ReZeroConfig.model_type:
@@ -87,22 +113,18 @@ def begin(init_from: InitFrom, config: ReZeroConfig, optimizer: OptimizerName) -
         found = ReZeroConfig.from_pretrained(name, **where)
         _check_same_model(init_from, found, config)
         start = changed(config, num_hidden_layers=found.num_hidden_layers)
-        words = {"config": start, "dtype": torch.float, "output_loading_info": True}
-        model, loaded = ReZeroForCausalLM.from_pretrained(name, **where, **words)
     except UserError:
         raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        why = " ".join(str(error).split())[:200]
-        raise UserError(f"init_from.path={init_from.path}: no language model of rezero_hf is there ({why}).") from error
-    if wrong := sorted(loaded["missing_keys"] | loaded["unexpected_keys"]):
-        raise UserError(
-            f"init_from.path={init_from.path}: another head, {len(wrong)} names differ, such as {wrong[0]}."
-        )
+    except UNREADABLE as error:
+        raise UserError(f"{called}: no language model of rezero_hf is there ({one_line(error)}).") from error
+    if tokenizer is not None:
+        _check_same_vocabulary(called, name, revision or None, tokenizer)
+    model = load_whole(name, ReZeroForCausalLM, called, config=start, dtype=torch.float, **where)
     grown, names = model, {name: name for name in model.state_dict()}
     if config.num_hidden_layers != found.num_hidden_layers:
         grown, names = grow_depth(model, config.num_hidden_layers)
     state = None
-    if checkpoint and (folder / OPTIMIZER).exists():
+    if remembers:
         saved = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
         try:
             state = state_by_name(saved, model, optimizer)
@@ -114,6 +136,68 @@ def begin(init_from: InitFrom, config: ReZeroConfig, optimizer: OptimizerName) -
     if grown is not model:
         depth += f", grown to {config.num_hidden_layers}"
     return Beginning(grown.train(), state, f"begins from {init_from.path}: {depth}, {kept}")
+
+
+def load_whole(name: str | Path, model_class: type[PreTrainedModel], called: str, **words: Any) -> PreTrainedModel:
+    """A saved model, every weight of which came from its files; `from_pretrained` draws what it does not find.
+
+    Args:
+        name: a folder, or a repository on the Hub.
+        model_class: the model's class.
+        called: what messages begin with.
+        words: further arguments of `from_pretrained`.
+
+    Raises:
+        UserError: the weights are in shards, unreadable or of other shapes than the configuration's, or some are
+            missing or left over.
+    """
+    if (Path(name) / SHARDS).is_dir():
+        raise UserError(f"{called}: its weights are in shards; name an export of it (scripts/export.py).")
+    try:
+        model, loaded = model_class.from_pretrained(name, output_loading_info=True, **words)
+    except UNREADABLE as error:
+        raise UserError(f"{called}: its weights cannot be loaded ({one_line(error)}).") from error
+    wrong = [f"{key} is missing" for key in sorted(loaded["missing_keys"])]
+    wrong += [f"{key} belongs to another model" for key in sorted(loaded["unexpected_keys"])]
+    if wrong:
+        more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise UserError(f"{called}: its weights are not those of a {model_class.__name__}: {wrong[0]}{more}.")
+    return model
+
+
+def one_line(error: Exception) -> str:
+    """The beginning of what a library says, for the end of a message of ours."""
+    return " ".join(str(error).split())[:200]
+
+
+def _look_at(folder: Path) -> tuple[bool, bool]:
+    """Whether there is such a folder, and whether it is a checkpoint, which is verified, with an optimiser's state."""
+    checkpoint = (folder / MANIFEST).exists()
+    if checkpoint:
+        verify_checkpoint(folder)
+    return folder.is_dir(), checkpoint and (folder / OPTIMIZER).exists()
+
+
+def _check_seen(folder: Path, expected: bool, called: str) -> None:
+    if folder.is_dir() != expected:
+        raise UserError(f"{called}: a folder on some processes only")
+
+
+def _check_same_vocabulary(called: str, name: str, revision: str | None, tokenizer: PreTrainedTokenizerBase) -> None:
+    there_or_not = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    file = cached_file(name, "tokenizer.json", revision=revision, **there_or_not)
+    if file is None:
+        return
+    try:
+        there = Tokenizer.from_file(file).get_vocab()
+    # The library raises nothing narrower.
+    except Exception as error:
+        raise UserError(f"{called}: its tokenizer.json cannot be read ({one_line(error)}).") from error
+    if differ := sorted(there.items() ^ tokenizer.get_vocab().items()):
+        raise UserError(
+            f"{called}: its vocabulary is not that of data.tokenizer: {len(differ)} entries are of one alone, such as "
+            f"{differ[0][0]!r} with the id {differ[0][1]}; train with the tokenizer that lies there."
+        )
 
 
 def _check_same_model(init_from: InitFrom, found: ReZeroConfig, config: ReZeroConfig) -> None:

@@ -137,6 +137,7 @@ class ReZeroTrainer(PushingTrainer):
             )
             if self.optimizer_state is not None:
                 put_state(self.optimizer, self.model if model is None else model, self.optimizer_state)
+                self.optimizer_state = None
         return super().create_optimizer(model)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):

@@ -70,7 +70,13 @@ def main(
     token_bytes = token_byte_lengths(tokenizer)
     config = plan.model_config(tokenizer)
     resolved = plan.resolved(config)
+    # A run that goes on has its own weights, and may outlive those it began with.
+    has_weights = resume_from is not None or (not restart and on_main(lambda: is_interrupted(output)))
+    sharded = bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    init_from = InitFrom() if has_weights else plan.init_from
     if dry_run:
+        if init_from.path is not None:
+            begin(init_from, config, args.optimizer, tokenizer, sharded)
         if main_process:
             steps = args.max_steps
             if steps < 1:
@@ -88,10 +94,7 @@ def main(
     train_blocks = TrainBlocks(prepared, args.seed, args.max_steps * blocks_per_step)
     eval_blocks = EvalBlocks(prepared, "validation", args.eval_blocks)
     held_out = held_out_blocks(prepared, args.final_eval_blocks)
-    # A run that goes on has its own weights, and may outlive those it began with.
-    has_weights = resume_from is not None or (not restart and on_main(lambda: is_interrupted(output)))
-    begins = begin(InitFrom() if has_weights else plan.init_from, config, args.optimizer)
-    model = begins.model
+    model, optimizer_state, begins_from = begin(init_from, config, args.optimizer, tokenizer, sharded)
     record |= {
         "name": plan.name,
         "recipe_file": str(recipe),
@@ -109,6 +112,9 @@ def main(
     # Its lock is held for as long as this process lives.
     claimed = []
     aside, goes_on = on_main(lambda: claimed.append(claim_run_dir(output, resolved, restart)) or claimed[0][1:3])
+    if has_weights and resume_from is None and not goes_on:
+        now_in = f" and is kept in {os.path.relpath(aside)}" if aside else ""
+        raise UserError(f"{output}: the run there ended meanwhile{now_in}; the same command again begins another")
     if resume_from is not None and not goes_on:
         everywhere(lambda: fetch_checkpoint(resume_from, output / "checkpoints"), "no process can begin without it")
         goes_on = True
@@ -123,16 +129,18 @@ def main(
             run_dir=output,
             run=record,
             recipe_text=resolved,
-            optimizer_state=begins.optimizer_state,
+            optimizer_state=optimizer_state,
         )
     except (RuntimeError, ImportError) as error:
         raise UserError(f"{recipe}: training: {error}") from error
+    # The optimiser alone is to hold it from here on.
+    del optimizer_state
     # The model that is exported at the end takes the place of what then still waits.
     trainer.waits_for_pushes = False
     if main_process:
         print(f"{plan.name}: on {record['device']}")
-        if begins.said:
-            print(begins.said)
+        if begins_from:
+            print(begins_from)
         if aside:
             print(f"an earlier run is kept in {os.path.relpath(aside)}")
     trainer.add_callback(LaunchReport(trainer, plan.data.block_size))

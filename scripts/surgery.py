@@ -23,6 +23,7 @@ from rezero_hf.errors import UserError
 from rezero_hf.export import Processor, export_folder
 from rezero_hf.pruning import prune_layers
 from rezero_hf.runs import read_metrics
+from rezero_hf.starting import UNREADABLE, load_whole, one_line
 from rezero_hf.surgery import fold_gates, grow_depth
 
 
@@ -40,20 +41,21 @@ def open_folder(folder: Path, output: Path) -> tuple[PreTrainedModel, Processor]
         verify_checkpoint(folder)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} holds no model ({' '.join(str(error).split())[:160]})") from error
-    model_class = described_class(config)
+    except UNREADABLE as error:
+        raise UserError(f"{folder} holds no model ({one_line(error)})") from error
+    model = load_whole(folder, described_class(config), str(folder))
     try:
-        return model_class.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        what = " ".join(str(error).split())[:160]
-        raise UserError(f"{folder} is not whole ({what}); make an export of a checkpoint in shards first") from error
+        return model, AutoProcessor.from_pretrained(folder)
+    # Of any kind, as in `tokenization.load_tokenizer`.
+    except Exception as error:
+        raise UserError(f"{folder} holds no tokenizer or image processor ({one_line(error)})") from error
 
 
 def write(folder: Path, output: Path, model: PreTrainedModel, processor: Processor, what: str, **facts: Any) -> None:
-    """Export the model with what is known of its run; once the function is another one, no results."""
-    record = json.loads((folder / "run.json").read_text(encoding="utf-8")) if (folder / "run.json").exists() else {}
-    record |= {"parameters": model.num_parameters(), "surgery": what, **facts}
+    """Export the model with what is known of its run and of earlier operations; of another function, no results."""
+    record = read_record(folder / "run.json")
+    operations = [*record.get("surgery", ()), {"what": what, **facts}]
+    record |= {"parameters": model.num_parameters(), "surgery": operations}
     # A checkpoint's recipe lies beside its run.
     run_folder = folder.absolute().parents[1] if (folder / MANIFEST).exists() else folder
     metrics, recipe = folder / "metrics.jsonl", run_folder / "recipe.yaml"
@@ -68,6 +70,14 @@ def write(folder: Path, output: Path, model: PreTrainedModel, processor: Process
         recipe_text=recipe.read_text(encoding="utf-8") if recipe.exists() else None,
     )
     print(f"{output}: {what}; {model.num_parameters():,} parameters, verified; it loads anywhere as it is")
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What is known of the run; nothing without a file."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({one_line(error)}); without that file there is no record") from error
 
 
 def fold(folder: Folder, output: Output):
@@ -109,7 +119,11 @@ def prune(
     if not text.is_file():
         raise UserError(f"{text}: there is no such file")
     tokens = min(tokens, model.config.max_position_embeddings)
-    ids = processor(text.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"][: pieces * tokens]
+    try:
+        words = text.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{text} cannot be read as UTF-8 text ({one_line(error)})") from error
+    ids = processor(words, add_special_tokens=False)["input_ids"][: pieces * tokens]
     if len(ids) < tokens:
         raise UserError(f"{text}: {len(ids)} tokens, fewer than one piece of {tokens}; lower --tokens")
     rows = torch.tensor(ids[: len(ids) // tokens * tokens]).view(-1, 1, tokens)

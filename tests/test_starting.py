@@ -1,18 +1,21 @@
 """A run that begins with another run's model, grown: the same function, an optimiser that remembers, and a new schedule."""
 
 import json
+import runpy
 import shutil
+import sys
 
 import pytest
 import torch
 from huggingface_hub import constants
 from test_scripts import launch
 from test_training import prepared, trainer_for  # noqa: F401
+from transformers import AutoTokenizer
 
-from rezero_hf import ReZeroForCausalLM, ReZeroForMaskedLM, load_recipe
+from rezero_hf import ReZeroForCausalLM, ReZeroForMaskedLM, load_recipe, run_folder, starting
 from rezero_hf.checkpoints import checkpoints_in
 from rezero_hf.errors import UserError
-from rezero_hf.optim import make_optimizer, put_state, state_by_name
+from rezero_hf.optim import NamedState, make_optimizer, put_state, state_by_name
 from rezero_hf.recipe import RecipeError, changed_words
 from rezero_hf.starting import InitFrom, begin
 from rezero_hf.surgery import changed
@@ -50,13 +53,17 @@ def grown_trainer(prepared, tmp_path, begins, **arguments):  # noqa: F811
 
 
 def test_a_run_goes_on_with_the_grown_model_and_the_old_moments(run, config, prepared, tmp_path, ids):  # noqa: F811
-    """The same logits; old parameters have their moments and counts, new ones none; the rate starts from 0 again."""
+    """The same logits; old parameters have their moments and counts, new ones none; the rate starts from 0 again.
+
+    The optimiser alone holds them from then on.
+    """
     old, checkpoint = run
     begins = begin(InitFrom(str(checkpoint), 4), config, "adamw")
     assert begins.said == f"begins from {checkpoint}: 2 layers, grown to 4, with the optimiser's state"
     assert torch.equal(begins.model.eval()(ids).logits, old.model.eval()(ids).logits)
     trainer = grown_trainer(prepared, tmp_path, begins)
     optimizer = trainer.create_optimizer()
+    assert trainer.optimizer_state is None
     remembered = {id(parameter): old.optimizer.state[parameter] for parameter in old.model.parameters()}
     for name, parameter in trainer.model.named_parameters():
         state = optimizer.state[parameter]
@@ -108,7 +115,7 @@ def test_a_run_begins_from_a_revision_on_the_hub(run, config, tmp_path, monkeypa
     (repository / "refs" / "v1").write_text("0" * 40)
     run[0].model.save_pretrained(repository / "snapshots" / ("0" * 40))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    begins = begin(InitFrom("org/name@v1", 4), config, "adamw")
+    begins = begin(InitFrom("org/name@v1", 4), config, "adamw", load_tokenizer("bytes"))
     assert begins.said == "begins from org/name@v1: 2 layers, grown to 4, weights alone"
     assert torch.equal(begins.model.eval()(ids).logits, run[0].model.eval()(ids).logits)
     with pytest.raises(UserError, match="org/name@v2: no language model of rezero_hf is there"):
@@ -124,11 +131,18 @@ def test_what_cannot_be_begun_from_is_one_line(run, config, tiny_model, tmp_path
     begin(InitFrom(str(checkpoint)), run[0].model.config, "adamw").model.model.save_pretrained(headless)
     tiny_model(ReZeroForMaskedLM).save_pretrained(tmp_path / "masked")
     (tmp_path / "empty").mkdir()
+    run[0].model.save_architecture(tmp_path / "shards")
+    (tmp_path / "shards" / "pytorch_model_fsdp_0").mkdir()
+    (tmp_path / "newer").mkdir()
+    words = json.loads((checkpoint / "config.json").read_text()) | {"residual": "newer"}
+    (tmp_path / "newer" / "config.json").write_text(json.dumps(words))
     for path, to, changes, optimizer, message in [
         (tmp_path / "nowhere", 4, {}, "adamw", "no language model of rezero_hf is there"),
         (tmp_path / "empty", 4, {}, "adamw", "no language model of rezero_hf is there"),
         (damaged, 4, {}, "adamw", "model.safetensors has changed since it was written"),
-        (headless, 4, {}, "adamw", "another head, 1 names differ, such as lm_head.weight"),
+        (headless, 4, {}, "adamw", "weights are not those of a ReZeroForCausalLM: lm_head.weight is missing"),
+        (tmp_path / "shards", 4, {}, "adamw", r"in shards; name an export of it \(scripts/export.py\)"),
+        (tmp_path / "newer", 4, {}, "adamw", "no language model .* error for field 'residual'"),
         (tmp_path / "masked", 4, {}, "adamw", "is_causal False there, True here"),
         (
             checkpoint,
@@ -144,6 +158,55 @@ def test_what_cannot_be_begun_from_is_one_line(run, config, tiny_model, tmp_path
         with pytest.raises(UserError, match=message) as caught:
             begin(InitFrom(str(path), to), changed(config, **changes), optimizer)
         assert "\n" not in str(caught.value)
+
+
+def test_the_vocabulary_must_be_the_models(checkpoint, config, tmp_path):
+    """Where the folder has a tokenizer; the same number of ids does not make it the same."""
+    begin(InitFrom(str(checkpoint), 4), config, "adamw", load_tokenizer("bytes"))
+    load_tokenizer("bytes").save_pretrained(tmp_path)
+    for file in tmp_path.glob("tokenizer*.json"):
+        file.write_text(file.read_text().replace("<|mask|>", "<|other|>"))
+    with pytest.raises(
+        UserError, match=r"not that of data.tokenizer: 2 entries .* such as '<\|mask\|>' with the id 258"
+    ):
+        begin(InitFrom(str(checkpoint), 4), config, "adamw", AutoTokenizer.from_pretrained(tmp_path))
+
+
+def test_what_cannot_go_over_is_refused_before_anything_is_loaded(checkpoint, config, monkeypatch):
+    """An optimiser's state under FSDP; and a folder that the main process sees and this one does not."""
+    with pytest.raises(UserError, match="under FSDP a whole optimiser's state cannot go over: name an export"):
+        begin(InitFrom(str(checkpoint), 4), config, "adamw", sharded=True)
+    monkeypatch.setattr(starting, "on_main", lambda act: (True, False))
+    with pytest.raises(UserError, match="a folder on some processes only: every process has to see it"):
+        begin(InitFrom("elsewhere/checkpoint-4", 4), config, "adamw")
+
+
+def test_a_state_of_no_parameter_is_refused(tiny_model):
+    """As under a wrapper's names: training would silently begin without it."""
+    model = tiny_model()
+    with pytest.raises(UserError, match="is of no parameter of this model"):
+        put_state(make_optimizer(model, lr=1e-3), model, NamedState({"module.lm_head.weight": {}}, {}))
+
+
+def test_the_script_checks_the_beginning_before_the_run(checkpoint, tmp_path, text_file, monkeypatch, capsys):
+    """A rehearsal too; and no run that was to go on begins with random weights because it ended meanwhile."""
+    recipe = tmp_path / "demo.yaml"
+    recipe.write_text(
+        f"model: {{hidden_size: 16, num_hidden_layers: 2, num_attention_heads: 2}}\n"
+        f"data: {{sources: {text_file}, block_size: 16, cache_dir: {tmp_path / 'cache'}}}\n"
+        f"training: {{max_steps: 2, per_device_train_batch_size: 4}}\ninit_from: {{path: {checkpoint}}}\n"
+    )
+
+    def said(*words):
+        monkeypatch.setattr(sys, "argv", ["pretrain.py", str(recipe), *words, "--output", str(tmp_path / "run")])
+        with pytest.raises(SystemExit) as exit:
+            runpy.run_path("scripts/pretrain.py", run_name="__main__")
+        assert exit.value.code == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    assert "error: init_from.path=nowhere/x: no language model" in said("--dry_run", "init_from.path=nowhere/x")
+    monkeypatch.setattr(run_folder, "is_interrupted", lambda path: True)
+    assert "run: the run there ended meanwhile; the same command again begins another" in said()
 
 
 def test_the_recipe_says_where_a_run_begins(tmp_path):

@@ -3,11 +3,13 @@
 import copy
 import json
 import runpy
+import shutil
 import sys
 
 import pytest
 import torch
 from conftest import switch_on
+from safetensors.torch import load_file, save_file
 from test_portable import finish, start
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -371,6 +373,7 @@ def test_what_cannot_be_done_is_one_line(tiny_model, ids, tmp_path):
         (lambda: prune_layers(model, [], to=1), "batches is empty"),
         (lambda: prune_layers(model, [{"input_ids": ids}], to=1), "give no loss"),
         (lambda: prune_layers(model, [batch], threshold=99.0), "so none would be left"),
+        (lambda: prune_layers(model, [batch], threshold=0.0), "every layer's update is above it .* raise it"),
         (lambda: prune_layers(model, [batch], to=1, by="size"), "by='size' is unknown; one of update, loss"),
         (lambda: prune_layers(tiny_model(residual="post_norm"), [batch], to=1), "cannot be pruned"),
     ]
@@ -406,7 +409,7 @@ def folder(tiny_model, tokenizer, tmp_path):
 
 
 def test_the_script_writes_whole_folders(folder, surgery, tmp_path, text_file, ids):
-    """Each verifies, loads, gives the old logits, and says on its card and in its record what was done."""
+    """Each verifies, loads, gives the old logits, and says on its card and in its record what was done, and before."""
     logits = AutoModelForCausalLM.from_pretrained(folder)(ids).logits
     prune = ("--text", text_file, "--threshold", "0", "--tokens", "16")
     for verb, words, layers in (("fold", (), 3), ("grow", ("--to", "5", "--where", "1,3"), 5), ("prune", prune, 2)):
@@ -419,9 +422,14 @@ def test_the_script_writes_whole_folders(folder, surgery, tmp_path, text_file, i
         torch.testing.assert_close(model(ids).logits, logits, atol=1e-5, rtol=1e-5)
         record = json.loads((output / "run.json").read_text())
         assert record["name"] == "tiny" and record["parameters"] == model.num_parameters()
-        assert record["surgery"] in (output / "README.md").read_text()
+        assert record["surgery"][0]["what"] in (output / "README.md").read_text()
         assert ("results" in record) is (verb != "prune")
-    assert record["pruning"]["removed"] == [1] and "layer    1  update 0  removed" in said
+    assert record["surgery"][0]["pruning"]["removed"] == [1] and "layer    1  update 0  removed" in said
+    assert surgery("fold", output, tmp_path / "both")[0] == 0
+    again = json.loads((tmp_path / "both" / "run.json").read_text())["surgery"]
+    assert again == [*record["surgery"], {"what": "its gates were multiplied into its weights"}]
+    said = "1 of its 3 layers were removed; its gates were multiplied into its weights."
+    assert said in (tmp_path / "both" / "README.md").read_text()
 
 
 def test_the_script_on_images(surgery, tmp_path):
@@ -430,6 +438,29 @@ def test_the_script_on_images(surgery, tmp_path):
     assert surgery("grow", tmp_path / "model", tmp_path / "grown", "--to", "2,3")[0] == 0
     grown = ReZeroResNetForImageClassification.from_pretrained(tmp_path / "grown")
     assert torch.equal(grown(pictures(8)).logits, resnet()(pictures(8)).logits)
+
+
+def test_only_a_whole_model_is_changed(folder, surgery, tmp_path):
+    """A missing, foreign, cut or misshapen weight ends in one line: the library would draw it at random, or raise."""
+    output, file = tmp_path / "output", folder / "model.safetensors"
+    state, whole = load_file(file), file.read_bytes()
+    name = "model.layers.1.mlp.down_proj.weight"
+    for damage, message in [
+        ({key: value for key, value in state.items() if key != name}, f"{name} is missing"),
+        (
+            {**state, "model.layers.9.mlp.down_proj.weight": state[name].clone()},
+            "9.mlp.down_proj.weight belongs to another",
+        ),
+        ({**state, name: state[name][:-1].contiguous()}, "its weights cannot be loaded"),
+        (whole[:-100], "its weights cannot be loaded"),
+    ]:
+        if isinstance(damage, bytes):
+            file.write_bytes(damage)
+        else:
+            save_file(damage, file, metadata={"format": "pt"})
+        status, _, error = surgery("fold", folder, output)
+        assert status == 2 and error.startswith(f"error: {folder}: ") and message in error, error
+        assert not output.exists()
 
 
 def test_a_mistake_in_the_script_is_one_line_and_leaves_nothing(
@@ -445,6 +476,12 @@ def test_a_mistake_in_the_script_is_one_line_and_leaves_nothing(
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text('{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}')
     (tmp_path / "empty").mkdir()
+    (tmp_path / "latin.txt").write_bytes("é".encode("latin-1") * 99)
+    shutil.copytree(folder, tmp_path / "torn")
+    (tmp_path / "torn" / "run.json").write_text('{"name":')
+    shutil.copytree(folder, tmp_path / "newer")
+    config = json.loads((folder / "config.json").read_text()) | {"residual": "newer"}
+    (tmp_path / "newer" / "config.json").write_text(json.dumps(config))
     output, text = tmp_path / "output", ("--text", text_file, "--tokens", "16")
     for arguments, message in [
         (("fold", tmp_path / "nowhere", output), "there is no such folder"),
@@ -452,6 +489,10 @@ def test_a_mistake_in_the_script_is_one_line_and_leaves_nothing(
         (("fold", tmp_path / "other", output), "GPT2LMHeadModel has no model card"),
         (("fold", tmp_path / "head", output), "ReZeroForTokenClassification has no model card"),
         (("fold", folder, tmp_path / "head"), "is not empty; choose another folder"),
+        (("fold", tmp_path / "torn", output), "run.json is damaged (Expecting value"),
+        (("fold", tmp_path / "newer", output), "newer holds no model (Validation error for field 'residual'"),
+        (("fold", folder, text_file / "output"), "cannot be made (Not a directory); choose another folder"),
+        (("prune", folder, output, "--text", tmp_path / "latin.txt", "--to", "1"), "latin.txt cannot be read as UTF-8"),
         (("fold", tmp_path / "baseline", output), "residual='post_norm' cannot be folded"),
         (("grow", folder, output, "--to", "3"), "to=3: the network has 3 layers"),
         (("grow", folder, output, "--to", "many"), "--to many: must be whole numbers"),
