@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
 
@@ -42,6 +43,12 @@ class MetricsLog(TrainerCallback):
     def __init__(self, path: str | Path, clock: Callable[[], float] | None = None):
         self.path, self.clock = Path(path), clock
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        # A short run may have nothing to log, and who reads its log expects one.
+        if state.is_world_process_zero:
+            with _writing(self.path):
+                self.path.touch()
+
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs and "loss" in logs:
             self.append(state, {"event": "train", "step": state.global_step, **logs})
@@ -68,14 +75,20 @@ def append_row(path: Path, row: dict) -> None:
     Raises:
         UserError: it cannot be written.
     """
+    with _writing(path), path.open("ab+") as file:
+        line = json.dumps(_finite(row), allow_nan=False) + "\n"
+        # A kill may have torn the last line.
+        file.seek(max(file.tell() - 1, 0))
+        torn = file.read(1) not in (b"", b"\n")
+        file.write(("\n" * torn + line).encode())
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Make the file's folder, and say of what goes wrong inside which file it was."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab+") as file:
-            line = json.dumps(_finite(row), allow_nan=False) + "\n"
-            # A kill may have torn the last line.
-            file.seek(max(file.tell() - 1, 0))
-            torn = file.read(1) not in (b"", b"\n")
-            file.write(("\n" * torn + line).encode())
+        yield
     except OSError as error:
         raise UserError(
             f"{path}: {error.strerror}; the same command goes on from the last complete checkpoint."
