@@ -42,7 +42,9 @@ def draw(result: dict[str, Any], folder: str | Path) -> list[Path]:
             drawn.append(bars(rows, result["metric"], folder / f"steps{name}.png"))
     for row in result["rows"]:
         history = [{"event": "eval", **found} for found in row["runs"][0].get("alpha") or ()]
-        if gate_history(history) is not None:
+        gates = gate_history(history)
+        # Gates that were held have no history.
+        if gates is not None and np.nanmax(np.ptp(gates[1], axis=1)) > 0:
             name = ",".join([row["row"], *(str(value) for _, value in place_of(row))])
             drawn.append(gate_map(history, folder / f"gates_{name}.png"))
     signals = {row["label"]: {} for row in result["rows"] if row["runs"] and "signal" in row["runs"][0]}
