@@ -43,7 +43,7 @@ class MetricsLog(TrainerCallback):
     def __init__(self, path: str | Path, clock: Callable[[], float] | None = None):
         self.path, self.clock = Path(path), clock
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_end(self, args, state, control, **kwargs):
         # A short run may have nothing to log, and who reads its log expects one.
         if state.is_world_process_zero:
             with _writing(self.path):
