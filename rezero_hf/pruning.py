@@ -11,12 +11,13 @@ from transformers import PreTrainedModel
 
 from .diagnostics import signal_norms
 from .errors import UserError
+from .models.residual import RESIDUAL_FORMS
 from .surgery import assemble, changed, check_whole, layer_of, moved
 
 
 Measure = Literal["update", "loss"]
-# The forms in which the stream goes on where a layer is taken away: `x + ...`.
-WITH_SKIP = ("rezero", "rezero_pre_norm", "rezero_tanh", "pre_norm", "pre_tanh", "branch_norm", "plain")
+# The forms in which the stream goes on where a layer is taken away.
+WITH_SKIP = tuple(name for name, form in RESIDUAL_FORMS.items() if form.adds_to_stream)
 # What the models of this package take beside their inputs to give a loss.
 LABELS = ("labels", "shift_labels", "start_positions", "end_positions")
 

@@ -33,6 +33,8 @@ class Residual(nn.Module):
 
     has_gate: ClassVar[bool] = False
     has_norm: ClassVar[bool] = False
+    # `x + ...`: taken away, a layer leaves the stream as it is.
+    adds_to_stream: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -65,6 +67,7 @@ class ReZero(Residual):
     """`x + alpha * F(x)`, eq. 1 of the paper: no norm anywhere, the identity while alpha is 0."""
 
     has_gate = True
+    adds_to_stream = True
 
     def forward(self, x, f, branch):
         return x + self.gate(branch, x.dtype) * f(x)
@@ -75,6 +78,7 @@ class ReZeroPreNorm(Residual):
 
     has_gate = True
     has_norm = True
+    adds_to_stream = True
 
     def forward(self, x, f, branch):
         return x + self.gate(branch, x.dtype) * f(self.norms[branch](x))
@@ -89,6 +93,7 @@ class ReZeroTanh(Residual):
     """
 
     has_gate = True
+    adds_to_stream = True
 
     def forward(self, x, f, branch):
         return x + self.gate(branch, x.dtype) * f(bounded(x))
@@ -107,6 +112,7 @@ class PreNorm(Residual):
     """`x + F(N(x))`, row 4 of Table 1: GPT-2, Llama."""
 
     has_norm = True
+    adds_to_stream = True
 
     def forward(self, x, f, branch):
         return x + f(self.norms[branch](x))
@@ -114,6 +120,8 @@ class PreNorm(Residual):
 
 class PreTanh(Residual):
     """`x + F(2 tanh(x / 2))`: `ReZeroTanh` once alpha is a part of F."""
+
+    adds_to_stream = True
 
     def forward(self, x, f, branch):
         return x + f(bounded(x))
@@ -132,6 +140,7 @@ class BranchNorm(Residual):
     """`x + N(F(x))`: what the paper calls GPT2-Norm, a norm on the branch's output."""
 
     has_norm = True
+    adds_to_stream = True
 
     def forward(self, x, f, branch):
         return x + self.norms[branch](f(x))
@@ -139,6 +148,8 @@ class BranchNorm(Residual):
 
 class Plain(Residual):
     """`x + F(x)`, row 2 of Table 1: neither gate nor norm."""
+
+    adds_to_stream = True
 
     def forward(self, x, f, branch):
         return x + f(x)
