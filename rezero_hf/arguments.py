@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+from torch import nn
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
 from .errors import UserError
-from .optim import OptimizerName, check_optimizer
+from .optim import OptimizerName, check_optimizer, make_optimizer
 
 
 COUNTS = ("gradient_accumulation_steps", "global_batch_size", "eval_blocks", "final_eval_blocks", "peak_flops")
@@ -136,6 +137,21 @@ class ReZeroTrainingArguments(TrainingArguments):
         if self.max_skipped_steps < 0:
             raise UserError(f"max_skipped_steps={self.max_skipped_steps}: must be 0 or more.")
         check_optimizer(self.optimizer)
+
+
+def optimizer_for(model: nn.Module, args: ReZeroTrainingArguments) -> torch.optim.Optimizer:
+    """`optim.make_optimizer` with a run's words."""
+    return make_optimizer(
+        model,
+        args.optimizer,
+        lr=args.learning_rate,
+        weight_decay=args.weight_decay,
+        gate_lr_multiplier=args.gate_lr_multiplier,
+        matrix_lr_multiplier=args.matrix_lr_multiplier,
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+        momentum=args.momentum,
+    )
 
 
 def sequences_per_step(args: TrainingArguments) -> int:

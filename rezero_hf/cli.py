@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import typer
 
-from .errors import UserError
+from .errors import UserError, one_line
 
 
 # What torch says when a peer or a data loader has ended: gloo, NCCL, the store they meet at, and DataLoader.
@@ -59,7 +59,7 @@ def _guarded(main: Callable) -> Callable:
             if not any(sign in str(error) for sign in SIGNS_OF_A_LOST_PROCESS):
                 raise
             stop(
-                f"another process of this run is gone ({' '.join(str(error).split())[:120]}); what it said, if "
+                f"another process of this run is gone ({one_line(error, 120)}); what it said, if "
                 "anything, is the reason. The same command goes on from the last complete checkpoint."
             )
         finally:

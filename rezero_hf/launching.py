@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.parallel import DistributedDataParallel
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from .arguments import sequences_per_step
-from .errors import UserError
+from .errors import UserError, one_line
 from .optim import gates
 from .planning import describe, make_plan
 from .runs import cores
@@ -85,6 +85,11 @@ def shards_of(model: nn.Module) -> int:
     return math.prod(size for size, placement in sizes if not isinstance(placement, Replicate))
 
 
+def asks_for_fsdp(args: TrainingArguments) -> bool:
+    """Whether a run was told to shard, by its own words or by accelerate's launcher; not whether it does."""
+    return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
 class LaunchReport(TrainerCallback):
     """Says at the start what is in effect, and stops if it is not what was asked for.
 
@@ -112,11 +117,10 @@ class LaunchReport(TrainerCallback):
             return describe(make_plan(config, args, self._block_size, state.max_steps, shards=shards))
         except Exception as error:
             # A run is not stopped for want of a forecast.
-            return f"no plan: {type(error).__name__}: {' '.join(str(error).split())}"
+            return f"no plan: {type(error).__name__}: {one_line(error, None)}"
 
     def _check(self, args, sharding: str) -> None:
-        wanted = bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-        if wanted and not is_sharded(sharding):
+        if asks_for_fsdp(args) and not is_sharded(sharding):
             raise UserError(
                 f"FSDP was asked for, but the parameters are whole tensors ({sharding}): accelerate shards on "
                 "accelerators only. On a CPU use scripts/accelerate/cpu.yaml; elsewhere set fsdp_version: 2, and leave "

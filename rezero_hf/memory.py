@@ -18,10 +18,9 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from .arguments import ReZeroTrainingArguments, compute_dtype
+from .arguments import ReZeroTrainingArguments, compute_dtype, optimizer_for
 from .glibc_heap import GlibcHeap
 from .models import ReZeroConfig, ReZeroForCausalLM, ReZeroForMaskedLM
-from .optim import make_optimizer
 
 
 # The library leaves out a mask that only says "causal", but not before it has read the positions, which have no data
@@ -98,7 +97,7 @@ def plan_memory(
             how = dict(args.activation_checkpointing_kwargs or {})
             settings = {name: how.pop(name) for name in ("every_n_layers", "offload") if name in how}
             model.activation_checkpointing_enable(how or None, **settings)
-        optimizer = make_optimizer(model, args.optimizer, lr=args.learning_rate, weight_decay=args.weight_decay)
+        optimizer = optimizer_for(model, args)
         weights = list(model.parameters())
         # FSDP gathers in the type of the computation, so autocast finds nothing to copy.
         count.watch(weights, copies=shards == 1)

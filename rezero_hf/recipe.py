@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from .arguments import ReZeroTrainingArguments
 from .data import DataConfig
+from .errors import one_line
 from .image_data import ImageDataConfig, PreparedImages
 from .models import ReZeroConfig, ReZeroMLPConfig, ReZeroResNetConfig
 from .sources import Source
@@ -138,7 +139,7 @@ class Recipe:
         try:
             return FAMILIES[self.model_type][0](**fields)
         except StrictDataclassError as error:
-            raise RecipeError(f"{self.path}: model.{error.__cause__ or ' '.join(str(error).split())}") from error
+            raise RecipeError(f"{self.path}: model.{error.__cause__ or one_line(error, None)}") from error
 
     def training_arguments(self, output_dir: str | Path) -> ReZeroTrainingArguments:
         """The training arguments on this machine, writing into `output_dir`. Starts the distributed state.
@@ -291,7 +292,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read as text ({error}).") from error
     except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+        raise RecipeError(f"{path}: not valid YAML: {one_line(error, None)}") from error
     if not isinstance(document, dict):
         raise RecipeError(
             f"{path}: not a recipe: the file must be a mapping with the sections {', '.join((*SECTIONS, *SIZES))}."

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
-from .errors import UserError
+from .errors import UserError, one_line
 from .launching import outside_the_launch
 from .models import ReZeroConfig, ReZeroForCausalLM
 from .recipe import Recipe, load_recipe
@@ -121,7 +121,7 @@ def _rehearse_here() -> None:
     except UserError as error:
         sys.exit(str(error).removeprefix(f"{recipe.path}: "))
     except Exception as error:
-        sys.exit(f"{type(error).__name__}: {' '.join(str(error).split())}")
+        sys.exit(f"{type(error).__name__}: {one_line(error, None)}")
 
 
 class _OneStep(TrainerCallback):

@@ -23,7 +23,7 @@ from .checkpoints import (
     verify_checkpoint,
 )
 from .durable import write_whole
-from .errors import UserError
+from .errors import UserError, one_line
 from .export import temporarily
 from .launching import is_sharded, sharding_of
 from .together import everywhere, on_main
@@ -263,7 +263,7 @@ class ResumableTrainer(Trainer):
         try:
             return super()._load_from_checkpoint(*args, **kwargs)
         except RuntimeError as error:
-            what = " ".join(str(error).split())[:200]
+            what = one_line(error)
             raise UserError(f"the checkpoint does not fit this model ({what}); --restart begins anew.") from error
 
     def _init_training_state(self, *args, **kwargs):

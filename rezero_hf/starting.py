@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils.constants import FSDP_MODEL_NAME
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer import OPTIMIZER_NAME
 from transformers.utils import CONFIG_NAME, cached_file
 
 from .checkpoints import MANIFEST, verify_checkpoint
-from .errors import UserError
+from .errors import UserError, one_line
 from .models import ReZeroConfig, ReZeroForCausalLM
 from .optim import NamedState, OptimizerName, state_by_name
 from .strict import field_types
@@ -29,9 +31,8 @@ FREE = (
     *("num_hidden_layers", "attention_dropout", "hidden_dropout", "embedding_dropout"),
     *("use_cache", "bos_token_id", "eos_token_id", "pad_token_id"),
 )
-OPTIMIZER = "optimizer.pt"
 # What FSDP's SHARDED_STATE_DICT saves instead of a file of weights.
-SHARDS = "pytorch_model_fsdp_0"
+SHARDS = f"{FSDP_MODEL_NAME}_0"
 # What the libraries raise of a folder that holds no model of theirs, or a damaged one.
 UNREADABLE = (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError)
 
@@ -125,7 +126,7 @@ def begin(
         grown, names = grow_depth(model, config.num_hidden_layers)
     state = None
     if remembers:
-        saved = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
+        saved = torch.load(folder / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
         try:
             state = state_by_name(saved, model, optimizer)
         except UserError as error:
@@ -165,17 +166,12 @@ def load_whole(name: str | Path, model_class: type[PreTrainedModel], called: str
     return model
 
 
-def one_line(error: Exception) -> str:
-    """The beginning of what a library says, for the end of a message of ours."""
-    return " ".join(str(error).split())[:200]
-
-
 def _look_at(folder: Path) -> tuple[bool, bool]:
     """Whether there is such a folder, and whether it is a checkpoint, which is verified, with an optimiser's state."""
     checkpoint = (folder / MANIFEST).exists()
     if checkpoint:
         verify_checkpoint(folder)
-    return folder.is_dir(), checkpoint and (folder / OPTIMIZER).exists()
+    return folder.is_dir(), checkpoint and (folder / OPTIMIZER_NAME).exists()
 
 
 def _check_seen(folder: Path, expected: bool, called: str) -> None:

@@ -14,9 +14,8 @@ import torch
 from torch import nn
 from transformers import set_seed
 
-from .arguments import compute_dtype
+from .arguments import compute_dtype, optimizer_for
 from .experiments import MODELS, set_up
-from .optim import make_optimizer
 from .recipe import Recipe
 
 
@@ -67,15 +66,7 @@ class _Arm:
         self.model = MODELS[recipe.model_type](setting.config).to(args.device).train()
         # As Trainer does it, which keeps no keys and values while it trains.
         self.model.config.use_cache = args.use_cache
-        self.optimizer = make_optimizer(
-            self.model,
-            args.optimizer,
-            lr=args.learning_rate,
-            weight_decay=args.weight_decay,
-            gate_lr_multiplier=args.gate_lr_multiplier,
-            matrix_lr_multiplier=args.matrix_lr_multiplier,
-            momentum=args.momentum,
-        )
+        self.optimizer = optimizer_for(self.model, args)
         rows = [setting.words["train_dataset"][place] for place in range(args.per_device_train_batch_size)]
         self.batch = {key: torch.stack([row[key] for row in rows]).to(args.device) for key in rows[0]}
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from .markdown import table as markdown_table
 from .studies import METRICS, short
-from .study_results import place_of, result_name
+from .study_results import place_of, places, result_name
 
 
 CARD = """# {item}
@@ -47,7 +47,6 @@ def study_table(result: dict[str, Any]) -> str:
     header += ["all alpha 0", "seconds a step", "peak memory"] if off else []
     header += ["chi at the start", "lost", "chi at the end", "lost"] if signal else []
     lines = []
-    base = {place_of(row): row for row in result["rows"] if row["row"] == result["baseline"]}
     for row in result["rows"]:
         finished = [run for run in row["runs"] if not run["diverged"]]
         label = ", ".join([row["label"], *(f"{short(key)} {value}" for key, value in row["at"].items())])
@@ -55,7 +54,7 @@ def study_table(result: dict[str, Any]) -> str:
         if aimed:
             cells += [
                 f"{_reach(row['runs'], 'steps')} to {row['target']:.3g}" if row["target"] is not None else "",
-                _speed_up(row, base.get(place_of(row))),
+                _speed_up(row, _baseline_of(result, row)),
                 "" if row["step_seconds"] is None else f"{1000 * row['step_seconds']:.0f}",
                 _reach(row["runs"], "seconds", "{:.3g}"),
             ]
@@ -131,8 +130,7 @@ def studies_table(results: Iterable[dict[str, Any]]) -> str:
     lines = []
     for result in sorted(results, key=lambda result: result["name"]):
         sign = 1 if METRICS[result["metric"]] else -1
-        last = place_of(result["rows"][-1])
-        rows = [row for row in result["rows"] if place_of(row) == last]
+        last, rows = list(places(result).items())[-1]
         ours = next((row for row in rows if row["row"] == result["ours"]), rows[-1])
         others = [row for row in rows if row is not ours and any(run["value"] is not None for run in row["runs"])]
         best = min(others, key=lambda row: sign * _mean(row), default=None)
@@ -172,9 +170,13 @@ def _mean(row: dict[str, Any]) -> float:
 def _reached(result: dict[str, Any], row: dict[str, Any]) -> str:
     if row["target"] is None:
         return ""
-    base = next((r for r in result["rows"] if r["row"] == result["baseline"] and place_of(r) == place_of(row)), None)
-    ratio = _speed_up(row, base)
+    ratio = _speed_up(row, _baseline_of(result, row))
     return f"; {_reach(row['runs'], 'steps')} steps to {row['target']:.3g}" + (f", {ratio}" if ratio else "")
+
+
+def _baseline_of(result: dict[str, Any], row: dict[str, Any]) -> dict[str, Any] | None:
+    """The row that this one's speed-up is against: the baseline at the same value of `across`."""
+    return next((base for base in places(result)[place_of(row)] if base["row"] == result["baseline"]), None)
 
 
 def _values(runs: list[dict[str, Any]], word: str) -> str:

@@ -11,7 +11,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
-from .errors import UserError
+from .errors import UserError, one_line
 
 
 T = TypeVar("T")
@@ -76,4 +76,4 @@ def _one_line(error: Exception) -> str:
         # A copy that fails names its source first.
         name = error.filename2 or error.filename
         return f"{name}: {error.strerror}" if name else error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
+    return one_line(error, None) or type(error).__name__

@@ -17,14 +17,14 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
 from transformers import EvalPrediction, PrinterCallback, ProgressCallback, SchedulerType
 
-from .arguments import ReZeroTrainingArguments, sequences_per_step
+from .arguments import ReZeroTrainingArguments, optimizer_for, sequences_per_step
 from .callbacks import BitsPerByteProgress, MetricsLog, measured_in
 from .data import IGNORE_INDEX, PreparedData
 from .errors import UserError
 from .export import temporarily
 from .flops import flops_per_token
 from .models import ReZeroConfig
-from .optim import NamedState, make_optimizer, put_state
+from .optim import NamedState, put_state
 from .pushing import PushingTrainer
 from .resuming import LOG
 from .throughput import Throughput
@@ -122,19 +122,9 @@ class ReZeroTrainer(PushingTrainer):
             return super().train(*args, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """`make_optimizer` with the words of `ReZeroTrainingArguments`; else the library's optimiser."""
+        """`optimizer_for` the words of `ReZeroTrainingArguments`; else the library's optimiser."""
         if self.optimizer is None and isinstance(self.args, ReZeroTrainingArguments):
-            self.optimizer = make_optimizer(
-                self.model if model is None else model,
-                self.args.optimizer,
-                lr=self.args.learning_rate,
-                weight_decay=self.args.weight_decay,
-                gate_lr_multiplier=self.args.gate_lr_multiplier,
-                matrix_lr_multiplier=self.args.matrix_lr_multiplier,
-                betas=(self.args.adam_beta1, self.args.adam_beta2),
-                eps=self.args.adam_epsilon,
-                momentum=self.args.momentum,
-            )
+            self.optimizer = optimizer_for(self.model if model is None else model, self.args)
             if self.optimizer_state is not None:
                 put_state(self.optimizer, self.model if model is None else model, self.optimizer_state)
                 self.optimizer_state = None

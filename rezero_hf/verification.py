@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
-from .errors import UserError
+from .errors import UserError, one_line
 from .traces import find_traces
 
 
@@ -269,7 +269,7 @@ def _read_json(folder: Path, name: str, problems: list[str]) -> dict | None:
 
 def _line(error: Exception) -> str:
     """An exception as part of one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return f"{type(error).__name__}: {one_line(error)}"
 
 
 def _some(names: list[str], limit: int = 4) -> str:

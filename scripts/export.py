@@ -17,6 +17,7 @@ from rezero_hf.cli import run
 from rezero_hf.descriptions import described_class
 from rezero_hf.export import export_folder
 from rezero_hf.runs import read_metrics
+from rezero_hf.starting import SHARDS
 
 
 def main(
@@ -26,7 +27,7 @@ def main(
     verify_checkpoint(checkpoint)
     config = AutoConfig.from_pretrained(checkpoint)
     model_class = described_class(config)
-    shards = checkpoint / "pytorch_model_fsdp_0"
+    shards = checkpoint / SHARDS
     if shards.is_dir():
         with TemporaryDirectory() as folder:
             merge_fsdp_weights(str(shards), folder)

@@ -23,7 +23,7 @@ from rezero_hf.data import EvalBlocks, TrainBlocks, held_out_blocks, prepare
 from rezero_hf.errors import UserError
 from rezero_hf.export import export_folder, rescue
 from rezero_hf.farewell import farewell, sample
-from rezero_hf.launching import LaunchReport, check_launch
+from rezero_hf.launching import LaunchReport, asks_for_fsdp, check_launch
 from rezero_hf.planning import describe, make_plan
 from rezero_hf.recipe import load_language_recipe
 from rezero_hf.rehearsal import rehearse
@@ -72,7 +72,7 @@ def main(
     resolved = plan.resolved(config)
     # A run that goes on has its own weights, and may outlive those it began with.
     has_weights = resume_from is not None or (not restart and on_main(lambda: is_interrupted(output)))
-    sharded = bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    sharded = asks_for_fsdp(args)
     init_from = InitFrom() if has_weights else plan.init_from
     if dry_run:
         if init_from.path is not None:

@@ -19,11 +19,11 @@ from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 from rezero_hf.checkpoints import MANIFEST, verify_checkpoint
 from rezero_hf.cli import run
 from rezero_hf.descriptions import described_class
-from rezero_hf.errors import UserError
+from rezero_hf.errors import UserError, one_line
 from rezero_hf.export import Processor, export_folder
 from rezero_hf.pruning import prune_layers
 from rezero_hf.runs import read_metrics
-from rezero_hf.starting import UNREADABLE, load_whole, one_line
+from rezero_hf.starting import UNREADABLE, load_whole
 from rezero_hf.surgery import fold_gates, grow_depth
 
 
