@@ -80,7 +80,9 @@ class DataConfig:
         mixture_pattern([source.weight for source in self.sources])
 
 
-def prepare(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, progress: bool = True) -> "PreparedData":
+def prepare(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, progress: bool = True, to_train: bool = True
+) -> "PreparedData":
     """Packed shards for a recipe: written now if they are missing, otherwise only opened.
 
     Safe to kill at any point and to run from several processes at once, on several machines too where they share the
@@ -91,6 +93,7 @@ def prepare(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, progress:
         config: the recipe's data section.
         tokenizer: what `config.tokenizer` names, loaded.
         progress: show progress bars, and say on stderr what is written, waited for or gone on with.
+        to_train: every source must give a block of training text. Default: yes.
 
     Raises:
         DataError: a value, path, text or tokenizer that cannot be used.
@@ -115,7 +118,7 @@ def prepare(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, progress:
     prepared = PreparedData(folder, config, [corpus.label for corpus in corpora], tokenized)
     for number, source in enumerate(config.sources):
         tokens = len(prepared.stream("train", number))
-        if tokens < config.block_size:
+        if to_train and tokens < config.block_size:
             raise DataError(
                 f"{source.source!r} gives {tokens} training tokens, less than one block of {config.block_size}: "
                 "add text or lower data.block_size"
@@ -283,23 +286,41 @@ class TrainBlocks(Dataset):
 class EvalBlocks(Dataset):
     """A held-out split in order, such that every token is predicted exactly once.
 
-    Block k predicts tokens k*block_size to (k+1)*block_size - 1 and sees the token before each, so the first token of
-    a source is predicted from the separator. The last block of a source is filled up with padding whose labels are
+    Block k predicts tokens k*window to (k+1)*window - 1 and sees the token before each, so the first token of a source
+    is predicted from the separator. The last block of a source is filled up with padding whose labels are
     `IGNORE_INDEX`. Items are as in `TrainBlocks`; only `shift_labels` covers every token.
 
     Args:
         prepared: the data.
         split: `"validation"` or `"test"` (or `"train"`, to measure overfitting).
         max_blocks: take this many blocks, evenly spaced and always the same ones. Default: all.
+        window: tokens that the model sees at once. Default: the block size it was trained with.
+        stride: tokens from the beginning of a block to that of the next. Default: `window`, blocks side by side. With
+            a smaller one blocks overlap, and what an earlier block has predicted is no label again: after the first
+            block of a source every token is predicted from at least window - stride + 1 tokens before it.
 
     Raises:
-        DataError: the split is empty, or there are no blocks to take.
+        DataError: the split is empty, there are no blocks to take, or the stride leaves text out.
     """
 
-    def __init__(self, prepared: PreparedData, split: str, max_blocks: int | None = None) -> None:
-        self._block_size, self._pad = prepared.config.block_size, prepared.pad
+    def __init__(
+        self,
+        prepared: PreparedData,
+        split: str,
+        max_blocks: int | None = None,
+        window: int | None = None,
+        stride: int | None = None,
+    ) -> None:
+        self._window, self._pad = window or prepared.config.block_size, prepared.pad
+        self._stride = self._window if stride is None else stride
+        if not 1 <= self._stride <= self._window:
+            raise DataError(f"stride {self._stride}: must be at least 1 and at most the window, {self._window} tokens")
+        self._overlap = self._window - self._stride
         self._streams = [prepared.stream(split, number) for number in range(len(prepared.config.sources))]
-        self._starts = np.cumsum([0] + [math.ceil(len(stream) / self._block_size) for stream in self._streams])
+        blocks = [
+            math.ceil(max(len(stream) - self._overlap, len(stream) > 0) / self._stride) for stream in self._streams
+        ]
+        self._starts = np.cumsum([0, *blocks])
         self._total = int(self._starts[-1])
         if not self._total:
             raise DataError(f"the {split} split is empty: raise data.{split}_fraction or add text")
@@ -318,9 +339,9 @@ class EvalBlocks(Dataset):
             raise IndexError(f"block {index} of {self._length}")
         block = index * self._total // self._length
         source = int(np.searchsorted(self._starts, block, side="right")) - 1
-        start = (block - int(self._starts[source])) * self._block_size
-        tokens = torch.from_numpy(self._streams[source].read(start - 1, start + self._block_size))
-        shape = (self._block_size,)
+        start = (block - int(self._starts[source])) * self._stride
+        tokens = torch.from_numpy(self._streams[source].read(start - 1, start + self._window))
+        shape = (self._window,)
         filled = len(tokens) - 1
         item = {
             "input_ids": torch.full(shape, self._pad),
@@ -329,6 +350,8 @@ class EvalBlocks(Dataset):
         }
         item["input_ids"][:filled] = item["labels"][:filled] = tokens[:-1]
         item["shift_labels"][:filled] = tokens[1:]
+        if start:
+            item["shift_labels"][: self._overlap] = IGNORE_INDEX
         return item
 
 

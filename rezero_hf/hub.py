@@ -121,6 +121,7 @@ def render_card(
         gate_summary=_gate_summary(metrics or []),
         architecture=table(("part", "value"), about.architecture),
         results=_results(run, about),
+        evaluations=_evaluations(run, about),
         figures=[{"path": path, "text": _captions(about).get(path, path)} for path in figures],
         repo_id=repo_id or REPO_PLACEHOLDER,
         placeholder=repo_id is None,
@@ -198,17 +199,17 @@ def _training(run: Mapping[str, Any]) -> dict[str, str]:
     return {label: value for label, value in rows.items() if value}
 
 
-def _splits(run: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """The measured numbers of each split, in the order the run recorded them."""
+def _splits(measured: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """The measured numbers of each split under `results`, in the order they were recorded in."""
     splits = {
         split: {
             metric: value
-            for metric, value in (measured or {}).items()
+            for metric, value in (found or {}).items()
             if isinstance(value, int | float) and not isinstance(value, bool)
         }
-        for split, measured in (run.get("results") or {}).items()
+        for split, found in (measured.get("results") or {}).items()
     }
-    return {split: measured for split, measured in splits.items() if measured}
+    return {split: found for split, found in splits.items() if found}
 
 
 def _metric(name: str, about: Description) -> str:
@@ -232,25 +233,48 @@ def _results(run: Mapping[str, Any], about: Description) -> str | None:
     return table(("split", *(_metric(metric, about) for metric in columns)), rows)
 
 
-def _eval_results(run: Mapping[str, Any], about: Description, sources: list[str]) -> list[EvalResult]:
-    data_name = ", ".join(sources).replace("hub:", "") or ("images" if about.of_images else "text")
-    return [
-        EvalResult(
-            task_type=about.pipeline_tag,
-            dataset_type=data_name,
-            dataset_name=data_name,
-            dataset_split=split,
-            metric_type=metric,
-            metric_name=_metric(metric, about),
-            metric_value=value,
-        )
-        for split, measured in _splits(run).items()
-        for metric, value in measured.items()
-        # Counts of what was measured on are no metrics.
-        if not isinstance(value, int)
-        # The Hub's metadata are JSON, which has no word for infinities; the card's table says so instead.
-        and math.isfinite(value)
+def _evaluations(run: Mapping[str, Any], about: Description) -> str | None:
+    rows = [
+        (", ".join(_sources(evaluation)), split, _way(evaluation), found)
+        for evaluation in run.get("evaluations") or ()
+        for split, found in _splits(evaluation).items()
     ]
+    columns = list(dict.fromkeys(metric for *_, found in rows for metric in found))
+    cells = [[*words, *(number(found.get(metric)) for metric in columns)] for *words, found in rows]
+    return table(("data", "split", "way", *(_metric(metric, about) for metric in columns)), cells)
+
+
+def _way(evaluation: Mapping[str, Any]) -> str:
+    if "way" not in evaluation:
+        return ""
+    every = f" every {evaluation['stride']}" if evaluation["way"] == "sliding" else ""
+    return f"{evaluation['way']}, {evaluation['window']} tokens{every}"
+
+
+def _eval_results(run: Mapping[str, Any], about: Description, sources: list[str]) -> list[EvalResult]:
+    measured = [(sources, "", run)]
+    measured += [(_sources(found), _way(found), found) for found in run.get("evaluations") or ()]
+    results = []
+    for names, way, found in measured:
+        data_name = ", ".join(names).replace("hub:", "") or ("images" if about.of_images else "text")
+        results += [
+            EvalResult(
+                task_type=about.pipeline_tag,
+                dataset_type=data_name,
+                dataset_name=data_name,
+                dataset_split=split,
+                metric_type=metric,
+                metric_name=_metric(metric, about) + (f" ({way})" if way else ""),
+                metric_value=value,
+            )
+            for split, numbers in _splits(found).items()
+            for metric, value in numbers.items()
+            # Counts of what was measured on are no metrics.
+            if not isinstance(value, int)
+            # The Hub's metadata are JSON, which has no word for infinities; the card's table says so instead.
+            and math.isfinite(value)
+        ]
+    return results
 
 
 def _licence(license: str, about: Description, stated: int, sources: int) -> str:

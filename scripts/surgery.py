@@ -60,7 +60,8 @@ def write(folder: Path, output: Path, model: PreTrainedModel, processor: Process
     run_folder = folder.absolute().parents[1] if (folder / MANIFEST).exists() else folder
     metrics, recipe = folder / "metrics.jsonl", run_folder / "recipe.yaml"
     if "pruning" in facts:
-        record.pop("results", None)
+        for measured in ("results", "evaluations"):
+            record.pop(measured, None)
     export_folder(
         model,
         processor,

@@ -1,0 +1,72 @@
+"""Measure a finished model: bits per byte, perplexity, accuracy and loss on held-out text, accuracy and loss on images.
+
+    python scripts/evaluate_model.py runs/quickstart/model
+    python scripts/evaluate_model.py runs/quickstart/model 'notes/**/*.txt' --split all --stride 64
+    python scripts/evaluate_model.py ORG/NAME@REVISION hub:ORG/TEXT --output result.json
+
+MODEL is a folder or a repository of the Hub: a causal language model of any architecture in Transformers, with a
+byte-level tokenizer, or an image classifier of rezero_hf. None of its code is run. DATA is a source as recipes name it,
+or a recipe; without it, what the model was trained on.
+
+Text is measured in one of two ways. Blockwise (default), as training does: blocks of --window tokens side by side, each
+seen alone, so its first token is predicted from the one before it and nothing else. Sliding (--stride below --window):
+blocks overlap, and after the first of a source every token is predicted from at least window - stride + 1 before it.
+Both score every token, and so every byte, exactly once; the first token of a source is predicted from the separator.
+"""
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rezero_hf.cli import run
+from rezero_hf.durable import write_whole
+from rezero_hf.errors import UserError
+from rezero_hf.evaluation import data_for, evaluate_images, evaluate_text, keep
+from rezero_hf.markdown import number, table
+from rezero_hf.opening import open_model
+from rezero_hf.runs import now, provenance
+
+
+Split = StrEnum("Split", ["validation", "test", "train", "all"])
+
+
+def main(
+    *,
+    model: Annotated[str, typer.Argument(help="a folder, or ORG/NAME[@REVISION] on the Hub")],
+    data: Annotated[str | None, typer.Argument(help="a source as in data.sources, or a recipe (.yaml)")] = None,
+    split: Annotated[
+        list[Split] | None, typer.Option(help="any number of times; all is all text in one number [validation, test]")
+    ] = None,
+    window: Annotated[int | None, typer.Option(min=2, help="tokens seen at once [the recipe's block size]")] = None,
+    stride: Annotated[int | None, typer.Option(min=1, help="tokens from block to block [the window]")] = None,
+    batch_size: Annotated[int, typer.Option("--batch_size", min=1, help="blocks or images at once")] = 8,
+    cache_dir: Annotated[str | None, typer.Option("--cache_dir", help="where prepared data live")] = None,
+    output: Annotated[Path | None, typer.Option(help="where the record goes too, as JSON")] = None,
+) -> None:
+    opened = open_model(model)
+    splits = list(dict.fromkeys(map(str, split or [Split.validation, Split.test])))
+    record = provenance(opened.model.device)
+    source = data_for(opened, data, cache_dir)
+    if opened.model.main_input_name == "input_ids":
+        record |= evaluate_text(opened, source, splits, window, stride, batch_size)
+        what = f"{record['way']}, windows of {record['window']} tokens, one every {record['stride']}"
+    else:
+        if window or stride or Split.all in splits:
+            raise UserError("--window, --stride and --split all are for text; images are measured one by one.")
+        record |= evaluate_images(opened, source, splits, batch_size)
+        what = "images"
+    record |= {"model": model, "commit": opened.commit, "finished": now(), "precision": str(opened.model.dtype)}
+    print(f"{model} on {', '.join(record['source'])}: {what}")
+    columns = list(next(iter(record["results"].values())))
+    rows = [[split, *(number(found[column]) for column in columns)] for split, found in record["results"].items()]
+    print(table(("split", *(column.replace("_", " ") for column in columns)), rows))
+    print(keep(opened, record))
+    if output is not None:
+        write_whole(output, json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,231 @@
+"""A finished model measured: as training measures, token by token as a slow reference, and kept where the card reads."""
+
+import json
+import math
+import runpy
+import shutil
+import sys
+
+import pytest
+import torch
+from transformers import BertConfig, BertLMHeadModel, GPT2Config, GPT2LMHeadModel
+
+from rezero_hf import (
+    ReZeroForMaskedLM,
+    ReZeroMLPConfig,
+    ReZeroMLPForImageClassification,
+    ReZeroTrainer,
+    ReZeroTrainingArguments,
+    export_folder,
+    verify_folder,
+)
+from rezero_hf.data import DataConfig, EvalBlocks, Source, prepare
+from rezero_hf.errors import UserError
+from rezero_hf.evaluation import evaluate_images, evaluate_text
+from rezero_hf.image_data import EvalImages, ImageDataConfig, accuracy_metrics, prepare_images
+from rezero_hf.opening import Opened, open_model
+from rezero_hf.tokenization import token_byte_lengths, train_bpe
+
+
+TEXT = "".join(f"line {n} says {n * n}, “ñ”\n" for n in range(90))
+WINDOW = 16
+
+
+@pytest.fixture
+def config(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    return DataConfig([Source(str(tmp_path / "text.txt"))], block_size=WINDOW, cache_dir=str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def opened(tiny_model, tokenizer, tmp_path):
+    """A model large enough in its weights that context matters."""
+    return opened_from(tiny_model(initializer_range=0.3), tokenizer, tmp_path / "model")
+
+
+def opened_from(model, tokenizer, folder):
+    model.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    return open_model(str(folder))
+
+
+def trainer(model, tmp_path, **words):
+    return ReZeroTrainer(
+        model, ReZeroTrainingArguments(str(tmp_path / "out"), disable_tqdm=True, report_to="none"), **words
+    )
+
+
+def test_blockwise_is_what_training_measures(opened, config, tokenizer, tmp_path):
+    """The same loss, bits per byte, tokens and bytes, whatever the batch size; all bytes of the split are scored."""
+    prepared = prepare(config, tokenizer, progress=False)
+    of_training = trainer(opened.model, tmp_path, token_bytes=token_byte_lengths(tokenizer))
+    for size in (8, 3):
+        measured = evaluate_text(opened, config, ["validation", "test"], None, None, size)
+        assert (measured["way"], measured["window"], measured["stride"]) == ("blockwise", WINDOW, WINDOW)
+        for split, found in measured["results"].items():
+            expected = of_training.measure(EvalBlocks(prepared, split))
+            assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-6)
+            assert found["bytes"] == prepared.totals(split)["bytes"] > 0
+            assert found["perplexity"] == pytest.approx(math.exp(expected["loss"]), rel=1e-6)
+
+
+@pytest.mark.parametrize(("window", "stride"), [(WINDOW, 1), (WINDOW, 5), (WINDOW, WINDOW), (512, 512)])
+def test_every_token_is_scored_once_from_the_context_that_is_promised(opened, config, tokenizer, window, stride):
+    """Against one call of the model for each token, with the context that its block gives it; the last case is all."""
+    stream = prepare(config, tokenizer, progress=False).stream("test", 0)
+    text = torch.from_numpy(stream.read(-1, len(stream)))
+    nats, right, least = 0.0, 0, window
+    for token in range(len(stream)):
+        # The first block that holds the token, which is the one with most of the text before it.
+        start = max(0, math.ceil((token - window + 1) / stride)) * stride
+        with torch.no_grad():
+            logits = opened.model(text[None, start : token + 1]).logits[0, -1]
+        nats -= logits.log_softmax(-1)[text[token + 1]].item()
+        right += int(logits.argmax() == text[token + 1])
+        least = min(least, token - start + 1 if token >= window else window)
+    assert least >= window - stride + 1
+    found = evaluate_text(opened, config, ["test"], window, stride, 8)["results"]["test"]
+    assert found["tokens"] == len(stream)
+    assert found["loss"] == pytest.approx(nats / len(stream), rel=1e-5)
+    assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / found["bytes"], rel=1e-5)
+    assert found["accuracy"] == pytest.approx(right / len(stream))
+
+
+def test_all_is_all_of_the_text_in_one_number(opened, config):
+    parts = evaluate_text(opened, config, ["train", "validation", "test", "all"], None, None, 8)["results"]
+    whole = parts.pop("all")
+    assert whole["bytes"] == len(TEXT.encode()) == sum(part["bytes"] for part in parts.values())
+    assert whole["loss"] * whole["tokens"] == pytest.approx(
+        sum(part["loss"] * part["tokens"] for part in parts.values())
+    )
+
+
+def test_another_librarys_model_with_its_own_tokenizer(config, tmp_path):
+    """GPT-2 on a BPE: the same bytes over fewer tokens, and no window beyond its positions."""
+    bpe = train_bpe([TEXT], 300)
+    torch.manual_seed(0)
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2, n_positions=12))
+    opened = opened_from(gpt2, bpe, tmp_path / "gpt2")
+    measured = evaluate_text(opened, config, ["test"], None, None, 8)
+    found = measured["results"]["test"]
+    assert measured["window"] == 12 and found["tokens"] < found["bytes"]
+    # Random weights know nothing: about one of 300.
+    assert found["loss"] == pytest.approx(math.log(300), rel=0.02)
+    with pytest.raises(UserError, match=r"--window 13: .*gpt2 has positions for 12 tokens"):
+        evaluate_text(opened, config, ["test"], 13, None, 8)
+
+
+def test_a_model_that_looks_ahead_is_refused(config, tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    bert = BertLMHeadModel(BertConfig(vocab_size=300, initializer_range=1.0, **sizes))
+    with pytest.raises(UserError, match="depends on later ones"):
+        evaluate_text(opened_from(bert, train_bpe([TEXT], 300), tmp_path / "bert"), config, ["test"], None, None, 8)
+
+
+def test_images_as_training_measures_them(tmp_path):
+    """Loss and accuracy of a classifier of digits; other images are refused."""
+    data = ImageDataConfig("digits", augmentation="none", cache_dir=str(tmp_path / "cache"))
+    images = prepare_images(data, progress=False)
+    model = ReZeroMLPForImageClassification(ReZeroMLPConfig(image_size=8, num_channels=1, hidden_size=8, num_labels=10))
+    opened = opened_from(model, images.image_processor(), tmp_path / "digits")
+    results = evaluate_images(opened, data, ["validation", "test"], 8)["results"]
+    of_training = trainer(opened.model, tmp_path, compute_metrics=accuracy_metrics)
+    for split, found in results.items():
+        expected = of_training.measure(EvalImages(images, split))
+        assert found == pytest.approx({**expected, "images": len(EvalImages(images, split))}, rel=1e-5)
+    other = ReZeroMLPForImageClassification(ReZeroMLPConfig(image_size=8, num_channels=1, hidden_size=8, num_labels=9))
+    with pytest.raises(UserError, match="10 classes, which is not what"):
+        evaluate_images(opened_from(other, images.image_processor(), tmp_path / "other"), data, ["test"], 8)
+
+
+@pytest.fixture
+def evaluate(monkeypatch, capsys, tmp_path):
+    """Runs the script as the command line does; gives its exit status, output and errors."""
+
+    def run(*arguments):
+        monkeypatch.setattr(
+            sys, "argv", ["evaluate_model.py", *map(str, arguments), "--cache_dir", str(tmp_path / "c")]
+        )
+        with pytest.raises(SystemExit) as exit:
+            runpy.run_path("scripts/evaluate_model.py", run_name="__main__")
+        return exit.value.code, *capsys.readouterr()
+
+    return run
+
+
+def test_the_script_writes_where_the_card_reads(tiny_model, tokenizer, tmp_path, evaluate):
+    """On what the recipe says: into `run.json`, table and metadata of the card; the same again takes its place."""
+    run = tmp_path / "runs" / "tiny"
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    recipe = f"data: {{sources: [{{source: {text}}}], block_size: {WINDOW}}}\n"
+    export_folder(tiny_model(), tokenizer, run / "model", run={"name": "tiny"}, recipe_text=recipe)
+    (run / "recipe.yaml").write_text(recipe)
+    status, said, _ = evaluate(run / "model", "--output", tmp_path / "result.json")
+    assert status == 0 and "blockwise, windows of 16 tokens" in said
+    for words in (("--stride", 8, "--split", "test"), ("--split", "test")):
+        assert evaluate(run / "model", *words)[0] == 0
+    kept = json.loads((run / "model" / "run.json").read_text())
+    assert kept["name"] == "tiny"
+    assert [(found["way"], list(found["results"])) for found in kept["evaluations"]] == [
+        ("blockwise", ["validation"]),
+        ("sliding", ["test"]),
+        ("blockwise", ["test"]),
+    ]
+    card = (run / "model" / "README.md").read_text()
+    bits = kept["evaluations"][1]["results"]["test"]["bits_per_byte"]
+    assert f"value: {bits}\n      name: bits per byte (sliding, 16 tokens every 8)" in card
+    assert "| text.txt | test | sliding, 16 tokens every 8 |" in card
+    verify_folder(run / "model")
+    record = json.loads((tmp_path / "result.json").read_text())
+    assert f"| validation | {record['results']['validation']['loss']:.4f} |" in said
+    assert {"command", "started", "versions", "device", "model", "precision"} <= set(record)
+
+
+def test_a_model_from_the_hub_by_its_revision(opened, hub, tmp_path, config):
+    """What is measured is what that commit holds, and the commit is recorded."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(endpoint=hub.url, token=hub.token)
+    api.create_repo("org/name")
+    commit = api.upload_folder(repo_id="org/name", folder_path=opened.folder).oid
+    fetched = open_model(f"org/name@{commit}")
+    assert fetched.commit == commit
+    expected = evaluate_text(opened, config, ["test"], None, None, 8)["results"]
+    assert evaluate_text(fetched, config, ["test"], None, None, 8)["results"] == expected
+
+
+def test_a_users_mistake_is_one_line(tiny_model, tokenizer, tmp_path, evaluate):
+    (tmp_path / "text.txt").write_text(TEXT)
+    opened_from(tiny_model(), tokenizer, tmp_path / "lm")
+    shutil.copytree(tmp_path / "lm", tmp_path / "mute", ignore=shutil.ignore_patterns("tokenizer*"))
+    tiny_model(ReZeroForMaskedLM).save_pretrained(tmp_path / "masked")
+    ReZeroMLPForImageClassification(ReZeroMLPConfig(image_size=4, hidden_size=8)).save_pretrained(tmp_path / "mlp")
+    text = tmp_path / "text.txt"
+    for words, message in [
+        ((tmp_path / "none", text), "there is no such folder"),
+        (("no/such", text), "no/such: there is no such folder, and it cannot be had from the Hub"),
+        ((tmp_path, text), "holds no model"),
+        ((tmp_path / "mute", text), "holds no tokenizer (no tokenizer.json)"),
+        ((tmp_path / "masked", text), "holds ReZeroForMaskedLM, which is neither a causal language model nor"),
+        ((tmp_path / "mlp", "digits"), "holds no image processor"),
+        ((tmp_path / "mlp", "digits", "--stride", 2), "are for text"),
+        ((tmp_path / "lm",), "no recipe beside it says what it was trained on"),
+        ((tmp_path / "lm", "no.txt"), "'no.txt' is no file, folder"),
+        ((tmp_path / "lm", "scripts/recipes/cifar_resnets.yaml"), "its data are not what ReZeroForCausalLM reads"),
+        ((tmp_path / "lm", text, "--stride", 65), "stride 65: must be at least 1 and at most the window, 64 tokens"),
+    ]:
+        status, _, error = evaluate(*words)
+        lines = [line for line in error.splitlines() if line.startswith("error: ")]
+        assert status == 2 and len(lines) == 1 and message in lines[0], (words, error)
+
+
+def test_what_has_no_card_of_ours_is_left_as_it_is(opened, tmp_path, evaluate):
+    (tmp_path / "text.txt").write_text(TEXT)
+    before = {path: path.read_bytes() for path in opened.folder.iterdir()}
+    status, said, _ = evaluate(opened.folder, tmp_path / "text.txt", "--split", "test")
+    assert status == 0 and "has no card of rezero_hf" in said
+    assert {path: path.read_bytes() for path in opened.folder.iterdir()} == before
+    assert isinstance(opened, Opened) and opened.commit is None
