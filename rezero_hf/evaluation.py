@@ -27,7 +27,7 @@ from .tokenization import token_byte_lengths
 
 # All of a source's text in one number, whichever split it is in.
 ALL = "all"
-# Tokens of a block, at most, where no recipe says how many: of what a model can see, what attention costs little for.
+# Without a recipe that says how long a block is, it is what the model can see, and no longer than this.
 LONGEST = 1024
 # What an evaluation is of, beside its splits: a later one of the same replaces it.
 SAME = ("source", "way", "window", "stride")
@@ -45,13 +45,10 @@ def data_for(opened: Opened, given: str | None, cache_dir: str | None = None) ->
     Raises:
         UserError: nothing is given or recorded, or it is text for a model of images or the other way round.
     """
-    config_class = DataConfig if opened.model.main_input_name == "input_ids" else ImageDataConfig
+    config_class = ImageDataConfig if opened.of_images else DataConfig
+    given = given or _recorded(opened.folder)
     if given is None:
-        given = _recorded(opened.folder)
-        if given is None:
-            raise UserError(
-                f"{opened.name}: no recipe beside it says what it was trained on; name text or images, DATA."
-            )
+        raise UserError(f"{opened.name}: no recipe beside it says what it was trained on; name text or images, DATA.")
     if str(given).endswith((".yaml", ".yml")):
         data = load_recipe(given).data
         if not isinstance(data, config_class):
@@ -61,7 +58,7 @@ def data_for(opened: Opened, given: str | None, cache_dir: str | None = None) ->
         data = DataConfig([Source(given)], block_size=min(context, LONGEST))
     else:
         data = ImageDataConfig(given)
-    return replace(data, cache_dir=cache_dir)
+    return replace(data, cache_dir=cache_dir or data.cache_dir)
 
 
 def _recorded(folder: Path) -> Path | None:
@@ -87,8 +84,9 @@ def evaluate_text(
         batch_size: blocks at once.
 
     Returns:
-        `source`, `way` (blockwise or sliding), `window`, `stride`, and `results`: split -> `loss` (nats per token),
-        `perplexity`, `bits_per_byte`, `accuracy` (of the most likely token), `tokens`, `bytes`.
+        `source`, `fingerprint` (of the prepared text), `way` (blockwise or sliding), `window`, `stride`, and `results`:
+        split -> `loss` (nats per token), `perplexity`, `bits_per_byte`, `accuracy` (of the most likely token),
+        `tokens`, `bytes`.
 
     Raises:
         UserError: the tokenizer loses text, its ids are not the model's, a split is empty, the window is larger than
@@ -106,6 +104,7 @@ def evaluate_text(
     token_bytes = torch.from_numpy(token_byte_lengths(tokenizer))
     return {
         "source": [source["source"] for source in prepared.record()["sources"]],
+        "fingerprint": prepared.index["fingerprint"],
         "way": "blockwise" if stride == window else "sliding",
         "window": window,
         "stride": stride,
@@ -161,7 +160,7 @@ def evaluate_images(opened: Opened, data: ImageDataConfig, splits: Sequence[str]
         batch_size: images at once.
 
     Returns:
-        `source`, and `results`: split -> `loss` (nats per image), `accuracy`, `images`.
+        `source`, `fingerprint`, and `results`: split -> `loss` (nats per image), `accuracy`, `images`.
 
     Raises:
         UserError: there is no image processor, the images or classes are not of the model's shape or number, or a split
@@ -174,17 +173,16 @@ def evaluate_images(opened: Opened, data: ImageDataConfig, splits: Sequence[str]
         raise UserError(f"{opened.name} holds no image processor ({one_line(error)}).") from error
     config = opened.model.config
     images = prepare_images(replace(data, mean=processor.image_mean, std=processor.image_std, augmentation="none"))
-    size = getattr(config, "image_size", None)
-    if (images.channels, images.num_labels) != (config.num_channels, config.num_labels) or size not in (
-        None,
-        images.size[0],
-    ):
+    # A convolutional network takes any size.
+    expected = (config.num_channels, config.num_labels, getattr(config, "image_size", images.size[0]))
+    if (images.channels, images.num_labels, images.size[0]) != expected:
         raise UserError(
             f"{data.source} holds images of shape {(images.channels, *images.size)} in {images.num_labels} classes, "
             f"which is not what {opened.name} was made for."
         )
     return {
         "source": [images.record()["source"]],
+        "fingerprint": images.index["fingerprint"],
         "results": {
             split: _score_images(opened.model, EvalImages(images, split), batch_size, split) for split in splits
         },

@@ -39,8 +39,12 @@ class Opened(NamedTuple):
     model: PreTrainedModel
 
     @property
+    def of_images(self) -> bool:
+        return self.model.main_input_name == "pixel_values"
+
+    @property
     def positions(self) -> int | None:
-        """Tokens that a language model can see at once; None where nothing stops it, which says nothing of sense."""
+        """Tokens that a language model can take at once; None where there is no such limit."""
         config = self.model.config
         rotary = getattr(config, "position_embedding", None) == "rope"
         return None if rotary else getattr(config, "max_position_embeddings", None)
@@ -76,24 +80,15 @@ def open_model(name: str) -> Opened:
     return Opened(name, folder, commit, model.eval().to(device))
 
 
-def open_language_model(name: str) -> tuple[Opened, PreTrainedTokenizerBase]:
-    """A causal language model and its own tokenizer.
-
-    Raises:
-        UserError: as `open_model`, or it is a model of images, or has no tokenizer.
-    """
-    opened = open_model(name)
-    if opened.model.main_input_name != "input_ids":
-        raise UserError(f"{name} holds {type(opened.model).__name__}, which reads images; a language model is needed.")
-    return opened, tokenizer_of(opened)
-
-
 def tokenizer_of(opened: Opened) -> PreTrainedTokenizerBase:
-    """The tokenizer that lies beside a model.
+    """The tokenizer that lies beside a language model.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or the model reads images.
     """
+    if opened.of_images:
+        kind = type(opened.model).__name__
+        raise UserError(f"{opened.name} holds {kind}, which reads images; a language model is needed.")
     try:
         # Of some models the library makes an empty tokenizer where there is none.
         if not any(next(opened.folder.glob(pattern), None) for pattern in ("tokenizer*", "vocab.*", "*.model")):

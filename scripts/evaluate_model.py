@@ -28,6 +28,7 @@ from rezero_hf.evaluation import data_for, evaluate_images, evaluate_text, keep
 from rezero_hf.markdown import number, table
 from rezero_hf.opening import open_model
 from rezero_hf.runs import now, provenance
+from rezero_hf.sources import writable_folder
 
 
 Split = StrEnum("Split", ["validation", "test", "train", "all"])
@@ -46,16 +47,19 @@ def main(
     cache_dir: Annotated[str | None, typer.Option("--cache_dir", help="where prepared data live")] = None,
     output: Annotated[Path | None, typer.Option(help="where the record goes too, as JSON")] = None,
 ) -> None:
+    if output is not None:
+        # Measuring takes long, so whether its result has a place comes first.
+        writable_folder(output.parent, "name another file with --output")
     opened = open_model(model)
     splits = list(dict.fromkeys(map(str, split or [Split.validation, Split.test])))
     record = provenance(opened.model.device)
     source = data_for(opened, data, cache_dir)
-    if opened.model.main_input_name == "input_ids":
+    if not opened.of_images:
         record |= evaluate_text(opened, source, splits, window, stride, batch_size)
         what = f"{record['way']}, windows of {record['window']} tokens, one every {record['stride']}"
+    elif window or stride or Split.all in splits:
+        raise UserError("--window, --stride and --split all are for text; images are measured one by one.")
     else:
-        if window or stride or Split.all in splits:
-            raise UserError("--window, --stride and --split all are for text; images are measured one by one.")
         record |= evaluate_images(opened, source, splits, batch_size)
         what = "images"
     record |= {"model": model, "commit": opened.commit, "finished": now(), "precision": str(opened.model.dtype)}
@@ -63,9 +67,9 @@ def main(
     columns = list(next(iter(record["results"].values())))
     rows = [[split, *(number(found[column]) for column in columns)] for split, found in record["results"].items()]
     print(table(("split", *(column.replace("_", " ") for column in columns)), rows))
-    print(keep(opened, record))
     if output is not None:
         write_whole(output, json.dumps(record, indent=2) + "\n")
+    print(keep(opened, record))
 
 
 if __name__ == "__main__":

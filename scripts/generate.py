@@ -16,7 +16,7 @@ from transformers import TextStreamer, set_seed
 
 from rezero_hf.cli import run
 from rezero_hf.errors import UserError
-from rezero_hf.opening import open_language_model
+from rezero_hf.opening import open_model, tokenizer_of
 
 
 # 128 + SIGINT, as shells report it.
@@ -30,7 +30,7 @@ def main(
     max_new_tokens: Annotated[int, typer.Option("--max_new_tokens", min=1, help="write at most so many")] = 200,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token every time")] = 0.8,
     top_p: Annotated[float, typer.Option("--top_p", help="draw from the most likely tokens of this share")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="the same seed, the same text")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="the same seed, the same text")] = None,
 ) -> None:
     if not 0 <= temperature < float("inf"):
         raise UserError(f"--temperature {temperature}: must be a finite number, 0 or more.")
@@ -41,7 +41,8 @@ def main(
             prompt = sys.stdin.buffer.read().decode()
         except UnicodeDecodeError as error:
             raise UserError(f"the piped prompt is not UTF-8 text ({error}).") from error
-    opened, tokenizer = open_language_model(model)
+    opened = open_model(model)
+    tokenizer = tokenizer_of(opened)
     inputs = tokenizer(prompt or "", return_tensors="pt", return_token_type_ids=False)
     if not inputs["input_ids"].numel():
         begin = tokenizer.bos_token or tokenizer.eos_token

@@ -35,6 +35,13 @@ def test_a_metric_is_its_formula_at_once_and_in_batches(metric, predictions, ref
         assert batches.compute() == pytest.approx(expected, nan_ok=True)
 
 
+def test_nothing_is_lost_in_a_long_text():
+    """Sums are exact to the last digit of a double, which bits per byte of whole corpora need."""
+    nats = [1e8 + 1, 1e-3] * 1000
+    found = Perplexity(keep_in_memory=True).compute(predictions=nats, references=[1] * len(nats))
+    assert found["loss"] == math.fsum(nats) / len(nats)
+
+
 def test_a_metric_says_what_it_takes():
     assert "bits_per_byte" in BitsPerByte().description
     assert "references: tokens that it is summed over" in Perplexity().inputs_description
