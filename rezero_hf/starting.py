@@ -50,7 +50,7 @@ class InitFrom:
             and the order of the data begin anew. None (default): random weights.
         grow_to: grow it to so many layers first (`surgery.grow_depth`), and train those: `model.num_hidden_layers` then
             follows. None (default): as many as it has.
-        where: the new layers go, `end` (default) or `interleaved`, as in `surgery.grow_depth`.
+        where: the new layers go: to the `end` (default), or `interleaved` with the old ones.
     """
 
     path: str | None = None

@@ -40,9 +40,10 @@ class Row:
         label: what the table calls it.
         set: dotted overrides that make it, `section.key` -> value. A word that is set is not tuned.
         search: words tuned for this row alone, besides the study's: `section.key` -> values to try.
-        first: what makes a run before it, over the recipe, as `set` does: `section.key` -> value; tuned to the same and
-            with the same seed. The row begins with its model and its optimiser's state (`init_from`, whose `grow_to`
-            may be set), and its cost counts. Empty (default): the row begins with random weights.
+        first: what makes a run before it of the recipe, as `set` makes the row: `section.key` -> value. It is tuned to
+            the same words and has the same seed; the row goes on with its model, its optimiser's state and its data
+            (`init_from.path` is filled in, `init_from.grow_to` may be set), and its cost is the row's. Empty (default):
+            the row begins with random weights.
         reported: the paper's number or word for it, as text; quoted as reported, not checked.
     """
 
@@ -103,18 +104,13 @@ class Study:
         """The same rows with as little of everything as still goes through every step: for smoke tests."""
         few = {key: values[:2] for key, values in self.search.items()}
 
-        def small(words: dict[str, Any]) -> dict[str, Any]:
-            return {key: value for key, value in words.items() if key != "training.max_steps"}
+        def small(row: Row) -> Row:
+            search = {key: values[:1] for key, values in row.search.items()}
+            # How long is for the recipe's `smoke` to say.
+            words = [{k: v for k, v in some.items() if k != "training.max_steps"} for some in (row.set, row.first)]
+            return replace(row, set=words[0], first=words[1], search=search)
 
-        rows = {
-            name: replace(
-                row,
-                set=small(row.set),
-                first=small(row.first),
-                search={key: values[:1] for key, values in row.search.items()},
-            )
-            for name, row in self.rows.items()
-        }
+        rows = {name: small(row) for name, row in self.rows.items()}
         across = {key: values[:1] for key, values in self.across.items()}
         return replace(self, rows=rows, search=few, across=across, extend=0, seeds=self.seeds[:1])
 
