@@ -188,8 +188,8 @@ def _course(trainer: ReZeroTrainer, seconds: float, flops: int, before: dict[str
 
     def at(step: int, seconds: float) -> dict[str, float]:
         rows = step * sequences_per_step(trainer.args)
-        now = {"steps": step, "rows": rows, "flops": rows * flops, "training_seconds": seconds}
-        return {name: before[name] + value for name, value in now.items()}
+        own = {"steps": step, "rows": rows, "flops": rows * flops, "training_seconds": seconds}
+        return {name: before[name] + value for name, value in own.items()}
 
     curve, alpha = list(before["curve"]), []
     for row in read_metrics(trainer.log_file):
