@@ -31,6 +31,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_rezero import ReZeroConfig
 from .embeddings import ReZeroPositionEmbedding, ReZeroRotaryEmbedding, ReZeroTokenEmbedding, rotate
 from .gating import Branch
+from .piecewise_loss import piecewise_loss
 from .portable import PortablePreTrainedModel
 from .residual import NORMS, RESIDUAL_FORMS, Residual
 
@@ -390,6 +391,7 @@ class ReZeroForCausalLM(ReZeroLanguageModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         """Run the decoder and its head; the arguments of `ReZeroModel.forward`, and:
@@ -398,6 +400,8 @@ class ReZeroForCausalLM(ReZeroLanguageModel, GenerationMixin):
             labels: (batch, tokens), aligned with `input_ids` (the model shifts them); -100 is ignored. Pass
                 `shift_labels`, already shifted, beside them to use those instead.
             logits_to_keep: how many last positions get logits (0 is all), or their indices.
+            skip_logits: with labels, return the loss alone and never hold all logits: of a large vocabulary they take
+                more memory than all else (`piecewise_loss.py`). Default False: most trainers look at them.
             kwargs: `num_items_in_batch` divides the summed loss (gradient accumulation), `shift_labels` as above.
 
         Returns:
@@ -413,10 +417,14 @@ class ReZeroForCausalLM(ReZeroLanguageModel, GenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        hidden_states, vocab_size = outputs.last_hidden_state[:, kept, :], self.config.vocab_size
+        logits = loss = None
+        if skip_logits and labels is not None:
+            loss = piecewise_loss(self.lm_head, hidden_states, labels, vocab_size, self.loss_function, **kwargs)
+        else:
+            logits = self.lm_head(hidden_states)
+            if labels is not None:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
