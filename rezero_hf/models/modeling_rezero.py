@@ -30,6 +30,8 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_rezero import ReZeroConfig
 from .embeddings import ReZeroPositionEmbedding, ReZeroRotaryEmbedding, ReZeroTokenEmbedding, rotate
+from .gating import Branch
+from .piecewise_loss import piecewise_loss
 from .portable import PortablePreTrainedModel
 from .residual import NORMS, RESIDUAL_FORMS, Residual
 
@@ -83,8 +85,10 @@ class ReZeroAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
+        project: bool = True,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`project=False` leaves `o_proj` to the caller (`gating.py`)."""
         input_shape = hidden_states.shape[:-1]
         heads_shape = (*input_shape, -1, self.head_dim)
         query = self.q_norm(self.q_proj(hidden_states).view(heads_shape)).transpose(1, 2)
@@ -109,8 +113,8 @@ class ReZeroAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        output = self.o_proj(output.reshape(*input_shape, -1).contiguous())
-        return self.dropout(output), weights
+        output = output.reshape(*input_shape, -1).contiguous()
+        return self.dropout(self.o_proj(output)) if project else output, weights
 
 
 class ReZeroMLP(nn.Module):
@@ -124,8 +128,13 @@ class ReZeroMLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
         self.dropout = nn.Dropout(config.hidden_dropout)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.dropout(self.down_proj(self.dropout(self.act_fn(self.up_proj(hidden_states)))))
+    def forward(self, hidden_states: torch.Tensor, project: bool = True) -> torch.Tensor:
+        """`project=False` leaves `down_proj` to the caller (`gating.py`)."""
+        activated = self.dropout(self.activated(hidden_states))
+        return self.dropout(self.down_proj(activated)) if project else activated
+
+    def activated(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act_fn(self.up_proj(x))
 
 
 class ReZeroGatedMLP(ReZeroMLP):
@@ -135,9 +144,8 @@ class ReZeroGatedMLP(ReZeroMLP):
         super().__init__(config)
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        activated = self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
-        return self.dropout(self.down_proj(self.dropout(activated)))
+    def activated(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act_fn(self.gate_proj(x)) * self.up_proj(x)
 
 
 def residual_of(config: ReZeroConfig) -> Residual:
@@ -170,19 +178,18 @@ class ReZeroDecoderLayer(GradientCheckpointingLayer):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        def attention(x: torch.Tensor) -> torch.Tensor:
-            return self.self_attn(
-                x,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                position_embeddings=position_embeddings,
-                **kwargs,
-            )[0]
-
+        # Not the modules themselves: offloading moves every module it finds among a call's arguments.
+        attention = Branch(
+            self.self_attn,
+            self.self_attn.o_proj,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
         hidden_states = self.residual_norm(hidden_states, attention, branch="attn")
-        # A function and not the module: offloading moves every module it finds among a call's arguments.
-        return self.residual_norm(hidden_states, lambda x: self.mlp(x), branch="mlp")  # noqa: PLW0108
+        return self.residual_norm(hidden_states, Branch(self.mlp, self.mlp.down_proj), branch="mlp")
 
 
 class ReZeroPreTrainedModel(PortablePreTrainedModel):
@@ -384,6 +391,7 @@ class ReZeroForCausalLM(ReZeroLanguageModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         """Run the decoder and its head; the arguments of `ReZeroModel.forward`, and:
@@ -392,6 +400,8 @@ class ReZeroForCausalLM(ReZeroLanguageModel, GenerationMixin):
             labels: (batch, tokens), aligned with `input_ids` (the model shifts them); -100 is ignored. Pass
                 `shift_labels`, already shifted, beside them to use those instead.
             logits_to_keep: how many last positions get logits (0 is all), or their indices.
+            skip_logits: with labels, return the loss alone and never hold all logits: of a large vocabulary they take
+                more memory than all else (`piecewise_loss.py`). Default False: most trainers look at them.
             kwargs: `num_items_in_batch` divides the summed loss (gradient accumulation), `shift_labels` as above.
 
         Returns:
@@ -407,10 +417,14 @@ class ReZeroForCausalLM(ReZeroLanguageModel, GenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        hidden_states, vocab_size = outputs.last_hidden_state[:, kept, :], self.config.vocab_size
+        logits = loss = None
+        if skip_logits and labels is not None:
+            loss = piecewise_loss(self.lm_head, hidden_states, labels, vocab_size, self.loss_function, **kwargs)
+        else:
+            logits = self.lm_head(hidden_states)
+            if labels is not None:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
