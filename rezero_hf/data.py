@@ -81,9 +81,7 @@ class DataConfig:
         mixture_pattern([source.weight for source in self.sources])
 
 
-def prepare(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, progress: bool = True, to_train: bool = True
-) -> "PreparedData":
+def prepare(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, progress: bool = True) -> "PreparedData":
     """Packed shards for a recipe: written now if they are missing, otherwise only opened.
 
     Safe to kill at any point and to run from several processes at once, on several machines too where they share the
@@ -94,7 +92,6 @@ def prepare(
         config: the recipe's data section.
         tokenizer: what `config.tokenizer` names, loaded.
         progress: show progress bars, and say on stderr what is written, waited for or gone on with.
-        to_train: every source must give a block of training text. Default: yes.
 
     Raises:
         DataError: a value, path, text or tokenizer that cannot be used.
@@ -116,15 +113,7 @@ def prepare(
         fingerprint = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:32]
         folder = cache / fingerprint
         tokenized = write_shards(folder, corpora, tokenizer, inputs, progress)
-    prepared = PreparedData(folder, config, [corpus.label for corpus in corpora], tokenized)
-    for number, source in enumerate(config.sources):
-        tokens = len(prepared.stream("train", number))
-        if to_train and tokens < config.block_size:
-            raise DataError(
-                f"{source.source!r} gives {tokens} training tokens, less than one block of {config.block_size}: "
-                "add text or lower data.block_size"
-            )
-    return prepared
+    return PreparedData(folder, config, [corpus.label for corpus in corpora], tokenized)
 
 
 class PreparedData:
@@ -201,8 +190,8 @@ class PreparedData:
         )
         if highest >= vocab_size:
             raise DataError(
-                f"model.vocab_size is {vocab_size}, but the data has token ids up to {highest} (tokenizer "
-                f"{self.config.tokenizer!r}): set vocab_size to at least {self.index['tokenizer']['size']}"
+                f"a model with vocab_size {vocab_size} cannot take this data's token ids up to {highest} (tokenizer "
+                f"{self.config.tokenizer!r}): it takes a vocab_size of at least {self.index['tokenizer']['size']}"
             )
 
     def stream(self, split: str, source: int) -> TokenStream:
@@ -255,6 +244,9 @@ class TrainBlocks(Dataset):
         prepared: the data.
         seed: another seed, another order.
         num_blocks: blocks in the whole run: steps x global batch size.
+
+    Raises:
+        DataError: a source does not give one block of training text.
     """
 
     def __init__(self, prepared: PreparedData, seed: int, num_blocks: int) -> None:
@@ -262,6 +254,12 @@ class TrainBlocks(Dataset):
         self._first = 0
         weights = [source.weight for source in prepared.config.sources]
         self._streams = [prepared.stream("train", number) for number in range(len(weights))]
+        for source, stream in zip(prepared.config.sources, self._streams, strict=True):
+            if len(stream) < self._block_size:
+                raise DataError(
+                    f"{source.source!r} gives {len(stream)} training tokens, less than one block of "
+                    f"{self._block_size}: add text or lower data.block_size"
+                )
         self._pattern = mixture_pattern(weights)
 
     def __len__(self) -> int:
@@ -325,8 +323,11 @@ class EvalBlocks(Dataset):
             raise DataError(f"stride {self._stride}: must be at least 1 and at most the window, {self._window} tokens")
         self._overlap = self._window - self._stride
         self._streams = [prepared.stream(split, number) for number in range(len(prepared.config.sources))]
+        # One at the beginning of a source, and one more for every stride of text that it leaves.
+        left = (max(0, len(stream) - self._window) for stream in self._streams)
         blocks = [
-            math.ceil(max(len(stream) - self._overlap, len(stream) > 0) / self._stride) for stream in self._streams
+            1 + math.ceil(rest / self._stride) if len(stream) else 0
+            for stream, rest in zip(self._streams, left, strict=True)
         ]
         self._starts = np.cumsum([0, *blocks])
         self._total = int(self._starts[-1])

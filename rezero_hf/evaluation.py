@@ -1,8 +1,9 @@
 """A finished model measured on held-out text or images, and where the result is kept (`scripts/evaluate_model.py`)."""
 
-import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +15,31 @@ from transformers import AutoImageProcessor, PreTrainedModel
 
 from .checkpoints import MANIFEST
 from .data import IGNORE_INDEX, DataConfig, EvalBlocks, PreparedData, Source, prepare
-from .errors import UserError, one_line
+from .errors import UserError
 from .export import describe_folder, write_records
 from .hub import user_section
 from .image_data import EvalImages, ImageDataConfig, prepare_images
-from .metrics import Accuracy, BitsPerByte, Perplexity
-from .opening import Opened, tokenizer_of
+from .opening import Opened, load_processor, tokenizer_of
 from .recipe import load_recipe
-from .sources import SPLITS
+from .runs import read_record
+from .sources import SPLITS, DataError, writable_folder
 from .tokenization import token_byte_lengths
 
 
 # All of a source's text in one number, whichever split it is in.
 ALL = "all"
-# Without a recipe that says how long a block is, it is what the model can see, and no longer than this.
+# Where no run says how long a block was, it is what the model can see, and no longer than this.
 LONGEST = 1024
 # What an evaluation is of, beside its splits: a later one of the same replaces it.
-SAME = ("source", "way", "window", "stride")
+SAME = ("source", "fingerprint", "way", "window", "stride")
 
 
-def data_for(opened: Opened, given: str | None, cache_dir: str | None = None) -> DataConfig | ImageDataConfig:
+def data_for(
+    opened: Opened, given: str | None, cache_dir: str | None = None
+) -> tuple[DataConfig | ImageDataConfig, str | None]:
     """What a model is to be measured on.
+
+    A recipe from the Hub is read for the name of a corpus and for nothing else of this machine.
 
     Args:
         opened: the model.
@@ -42,34 +47,61 @@ def data_for(opened: Opened, given: str | None, cache_dir: str | None = None) ->
             was trained on, as the recipe beside it says.
         cache_dir: where prepared data live. Default: as `DataConfig`.
 
+    Returns:
+        The data, and the fingerprint that they had in training; None where they are given or none was recorded.
+
     Raises:
-        UserError: nothing is given or recorded, or it is text for a model of images or the other way round.
+        UserError: nothing is given or recorded, a recipe from the Hub names files, or it is text for a model of images
+            or the other way round.
     """
     config_class = ImageDataConfig if opened.of_images else DataConfig
-    given = given or _recorded(opened.folder)
-    if given is None:
-        raise UserError(f"{opened.name}: no recipe beside it says what it was trained on; name text or images, DATA.")
-    if str(given).endswith((".yaml", ".yml")):
-        data = load_recipe(given).data
+    recorded = read_record(_beside(opened.folder, "run.json")).get("data")
+    recorded = recorded if isinstance(recorded, dict) else {}
+    recipe = given or _beside(opened.folder, "recipe.yaml")
+    if str(recipe).endswith((".yaml", ".yml")):
+        if not given and not recipe.exists():
+            raise UserError(
+                f"{opened.name}: no recipe beside it says what it was trained on; name text or images, DATA."
+            )
+        data = load_recipe(recipe).data
         if not isinstance(data, config_class):
-            raise UserError(f"{given}: its data are not what {type(opened.model).__name__} reads.")
+            raise UserError(f"{recipe}: its data are not what {type(opened.model).__name__} reads.")
     elif config_class is DataConfig:
         context = getattr(opened.model.config, "max_position_embeddings", None) or LONGEST
-        data = DataConfig([Source(given)], block_size=min(context, LONGEST))
+        data = DataConfig([Source(given)], block_size=recorded.get("block_size") or min(context, LONGEST))
     else:
         data = ImageDataConfig(given)
-    return replace(data, cache_dir=cache_dir or data.cache_dir)
+    if not given and opened.commit:
+        _check_named(opened, data)
+        data = replace(data, cache_dir=None)
+    return replace(data, cache_dir=cache_dir or data.cache_dir), None if given else recorded.get("fingerprint")
 
 
-def _recorded(folder: Path) -> Path | None:
+def _beside(folder: Path, name: str) -> Path:
     # An export's own recipe names no absolute path any more; that of its run, or of a checkpoint's run, still does.
     near = folder.absolute()
     run = near.parents[1] if (folder / MANIFEST).exists() else near.parent if near.name == "model" else near
-    return next((path for path in (run / "recipe.yaml", near / "recipe.yaml") if path.exists()), None)
+    return next((path for path in (run / name, near / name) if path.exists()), near / name)
+
+
+def _check_named(opened: Opened, data: DataConfig | ImageDataConfig) -> None:
+    of_text = isinstance(data, DataConfig)
+    embedded = ("python-stdlib", "enwik8") if of_text else ("digits",)
+    for source in [line.source for line in data.sources] if of_text else [str(data.path or data.source)]:
+        # The library reads a folder of that name first.
+        on_hub = re.fullmatch(r"hub:[\w-]+/[\w.-]+", source) and not Path(source.removeprefix("hub:")).exists()
+        if source not in embedded and not on_hub:
+            raise UserError(f"{opened.name}: its recipe names files, {source!r}; name text or images of yours, DATA.")
 
 
 def evaluate_text(
-    opened: Opened, data: DataConfig, splits: Sequence[str], window: int | None, stride: int | None, batch_size: int
+    opened: Opened,
+    data: DataConfig,
+    splits: Sequence[str],
+    window: int | None,
+    stride: int | None,
+    batch_size: int,
+    fingerprint: str | None = None,
 ) -> dict[str, Any]:
     """Measure a causal language model on text, in blocks of `window` tokens that begin every `stride` (`EvalBlocks`).
 
@@ -82,6 +114,7 @@ def evaluate_text(
         window: None: the block size of `data`, or less if the model cannot see so much.
         stride: None: `window`, each block alone, which is how training evaluates.
         batch_size: blocks at once.
+        fingerprint: what the prepared text must have. None (default): any.
 
     Returns:
         `source`, `fingerprint` (of the prepared text), `way` (blockwise or sliding), `window`, `stride`, and `results`:
@@ -89,15 +122,19 @@ def evaluate_text(
         `tokens`, `bytes`.
 
     Raises:
-        UserError: the tokenizer loses text, its ids are not the model's, a split is empty, the window is larger than
-            the model's positions, the stride larger than the window, or the model sees the token it is to predict.
+        UserError: the package `evaluate` is missing, the tokenizer loses text, its ids are not the model's, a split is
+            empty, the text has another fingerprint, the window is larger than the model's positions, the stride larger
+            than the window, or the model sees the token it is to predict.
     """
+    if find_spec("evaluate") is None:
+        raise UserError("measuring text needs a package: pip install 'rezero_hf[eval]'")
     tokenizer, limit = tokenizer_of(opened), opened.positions
     window = window or min(data.block_size, limit or data.block_size)
     if limit is not None and window > limit:
         raise UserError(f"--window {window}: {opened.name} has positions for {limit} tokens; lower it.")
     stride = window if stride is None else stride
-    prepared = prepare(replace(data, tokenizer=opened.name), tokenizer, to_train=False)
+    prepared = prepare(replace(data, tokenizer=opened.name), tokenizer)
+    _check_same(opened, prepared.index["fingerprint"], fingerprint)
     prepared.check_vocab(opened.model.config.vocab_size)
     blocks = {split: _blocks(prepared, split, window, stride) for split in splits}
     _check_causal(opened, next(iter(blocks.values()))[0]["input_ids"])
@@ -114,11 +151,19 @@ def evaluate_text(
     }
 
 
+def _check_same(opened: Opened, found: str, recorded: str | None) -> None:
+    if recorded not in (None, found):
+        raise UserError(
+            f"{opened.name}: what its recipe names is not what it was trained on (fingerprint {found}, recorded "
+            f"{recorded}); name what to measure it on, DATA."
+        )
+
+
 def _blocks(prepared: PreparedData, split: str, window: int, stride: int) -> Dataset:
-    if split != ALL:
-        return EvalBlocks(prepared, split, window=window, stride=stride)
-    with_text = [split for split in SPLITS if prepared.totals(split)["tokens"]]
-    return ConcatDataset([EvalBlocks(prepared, split, window=window, stride=stride) for split in with_text])
+    parts = [part for part in SPLITS if split in (part, ALL) and prepared.totals(part)["tokens"]]
+    if not parts:
+        raise UserError(f"--split {split}: the data have no text in it; name another one, or other data.")
+    return ConcatDataset([EvalBlocks(prepared, part, window=window, stride=stride) for part in parts])
 
 
 @torch.no_grad()
@@ -127,7 +172,8 @@ def _check_causal(opened: Opened, row: torch.Tensor) -> None:
     rows = row.repeat(2, 1).to(opened.model.device)
     rows[1, -1] = (rows[1, -1] + 1) % opened.model.config.vocab_size
     one, other = opened.model(input_ids=rows, use_cache=False).logits[:, :-1].float()
-    if not torch.allclose(one, other, rtol=1e-2, atol=1e-2):
+    # A diverged model's are no numbers, but it need not look ahead for that.
+    if not torch.allclose(one, other, rtol=1e-2, atol=1e-2, equal_nan=True):
         raise UserError(f"{opened.name}: what it says of a token depends on later ones, so it predicts nothing.")
 
 
@@ -135,22 +181,27 @@ def _check_causal(opened: Opened, row: torch.Tensor) -> None:
 def _score_text(
     model: PreTrainedModel, blocks: Dataset, token_bytes: torch.Tensor, batch_size: int, split: str
 ) -> dict[str, float]:
-    bits, perplexity, accuracy = (kind(keep_in_memory=True) for kind in (BitsPerByte, Perplexity, Accuracy))
-    tokens = text = 0
+    from .metrics import BitsPerByte, Perplexity
+
+    bits, perplexity = BitsPerByte(keep_in_memory=True), Perplexity(keep_in_memory=True)
+    right = tokens = text = 0
     for batch in _batches(blocks, batch_size, split):
         targets = batch["shift_labels"]
         logits = model(input_ids=batch["input_ids"].to(model.device), use_cache=False).logits.float().flatten(0, 1)
         nats = nn.functional.cross_entropy(logits, targets.flatten().to(model.device), reduction="none")
-        nats, scored = nats.view_as(targets).sum(-1).cpu(), targets != IGNORE_INDEX
+        nats, scored = nats.cpu().double().view_as(targets).sum(-1), targets != IGNORE_INDEX
         read = (token_bytes[targets.clamp(min=0)] * scored).sum(-1)
         bits.add_batch(predictions=nats, references=read)
         perplexity.add_batch(predictions=nats, references=scored.sum(-1))
-        accuracy.add_batch(predictions=logits.argmax(-1).cpu()[scored.flatten()], references=targets[scored])
+        right += int((logits.argmax(-1).cpu().view_as(targets) == targets).sum())
         tokens, text = tokens + int(scored.sum()), text + int(read.sum())
-    return perplexity.compute() | bits.compute() | accuracy.compute() | {"tokens": tokens, "bytes": text}
+    counts = {"accuracy": right / tokens, "tokens": tokens, "bytes": text}
+    return perplexity.compute() | bits.compute() | counts
 
 
-def evaluate_images(opened: Opened, data: ImageDataConfig, splits: Sequence[str], batch_size: int) -> dict[str, Any]:
+def evaluate_images(
+    opened: Opened, data: ImageDataConfig, splits: Sequence[str], batch_size: int, fingerprint: str | None = None
+) -> dict[str, Any]:
     """Measure an image classifier of this package; pictures are normalised as its image processor says.
 
     Args:
@@ -158,21 +209,19 @@ def evaluate_images(opened: Opened, data: ImageDataConfig, splits: Sequence[str]
         data: the images.
         splits: which of train, validation and test.
         batch_size: images at once.
+        fingerprint: what the prepared images must have. None (default): any.
 
     Returns:
         `source`, `fingerprint`, and `results`: split -> `loss` (nats per image), `accuracy`, `images`.
 
     Raises:
-        UserError: there is no image processor, the images or classes are not of the model's shape or number, or a split
-            is empty.
+        UserError: there is no image processor, the images or classes are not of the model's shape or number or have
+            another fingerprint, or a split is empty.
     """
-    try:
-        processor = AutoImageProcessor.from_pretrained(opened.folder, local_files_only=True)
-    # Of any kind, as for tokenizers.
-    except Exception as error:
-        raise UserError(f"{opened.name} holds no image processor ({one_line(error)}).") from error
+    processor = load_processor(AutoImageProcessor, opened.folder, opened.name, "image processor")
     config = opened.model.config
     images = prepare_images(replace(data, mean=processor.image_mean, std=processor.image_std, augmentation="none"))
+    _check_same(opened, images.index["fingerprint"], fingerprint)
     # A convolutional network takes any size.
     expected = (config.num_channels, config.num_labels, getattr(config, "image_size", images.size[0]))
     if (images.channels, images.num_labels, images.size[0]) != expected:
@@ -191,13 +240,13 @@ def evaluate_images(opened: Opened, data: ImageDataConfig, splits: Sequence[str]
 
 @torch.no_grad()
 def _score_images(model: PreTrainedModel, images: Dataset, batch_size: int, split: str) -> dict[str, float]:
-    accuracy, nats = Accuracy(keep_in_memory=True), 0.0
+    nats, right = 0.0, 0
     for batch in _batches(images, batch_size, split):
         labels = batch["labels"].to(model.device)
         logits = model(pixel_values=batch["pixel_values"].to(model.device)).logits.float()
-        nats += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
-        accuracy.add_batch(predictions=logits.argmax(-1).cpu(), references=batch["labels"])
-    return {"loss": nats / len(images), **accuracy.compute(), "images": len(images)}
+        nats += nn.functional.cross_entropy(logits, labels, reduction="none").cpu().double().sum().item()
+        right += int((logits.argmax(-1) == labels).sum())
+    return {"loss": nats / len(images), "accuracy": right / len(images), "images": len(images)}
 
 
 def _batches(rows: Dataset, batch_size: int, split: str) -> Iterable[dict[str, torch.Tensor]]:
@@ -205,31 +254,38 @@ def _batches(rows: Dataset, batch_size: int, split: str) -> Iterable[dict[str, t
     return tqdm(DataLoader(rows, batch_size), desc=split, leave=False, disable=None)
 
 
-def keep(opened: Opened, record: dict[str, Any]) -> str:
-    """Write an evaluation into `run.json` beside the model, where its card reads it, and render the card again.
+def why_not_kept(opened: Opened) -> str | None:
+    """Why `keep` cannot be used with a model; None if it can. To be asked before the work that would be lost.
 
-    That is, if the folder is an export, with a card of this package. It takes the place of an earlier evaluation of the
-    same split of the same source in the same way.
-
-    Args:
-        opened: the model.
-        record: of the evaluation, with its provenance.
-
-    Returns:
-        One line on where it is.
+    Raises:
+        UserError: `run.json` is damaged.
     """
     folder, card = opened.folder, opened.folder / "README.md"
     if opened.commit or (folder / MANIFEST).exists():
-        return "not kept beside the model: only an export of this machine has room for it (--output FILE keeps it)"
+        return "only an export on this machine has room for an evaluation"
     if not card.is_file() or user_section(card.read_text(encoding="utf-8")) is None:
-        return f"not kept beside the model: {folder} has no card of rezero_hf (--output FILE keeps it)"
-    path = folder / "run.json"
-    run = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    kept = []
+        return f"{folder} has no card of rezero_hf"
+    read_record(folder / "run.json")
+    try:
+        writable_folder(folder, "its record stays as it is")
+    except DataError as error:
+        return str(error)
+    return None
+
+
+def keep(opened: Opened, record: dict[str, Any]) -> None:
+    """Write an evaluation into `run.json` beside the model, where its card reads it, and render the card again.
+
+    It takes the place of an earlier evaluation of the same split of the same data in the same way.
+
+    Args:
+        opened: the model, of which `why_not_kept` says nothing.
+        record: of the evaluation, with its provenance.
+    """
+    run, kept = read_record(opened.folder / "run.json"), []
     for earlier in run.get("evaluations", []):
         again = record["results"] if all(earlier.get(word) == record.get(word) for word in SAME) else {}
         if results := {split: found for split, found in earlier["results"].items() if split not in again}:
             kept.append(earlier | {"results": results})
-    write_records(folder, run | {"evaluations": [*kept, record]}, None)
-    describe_folder(folder)
-    return f"kept in {path}, and shown by the card beside it"
+    write_records(opened.folder, run | {"evaluations": [*kept, record]}, None)
+    describe_folder(opened.folder)

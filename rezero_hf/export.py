@@ -19,10 +19,11 @@ from typing import Any
 from transformers import AutoConfig, BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from .descriptions import description_of
+from .durable import write_whole
 from .errors import UserError
 from .figures import gate_history, gate_map, loss_curve
 from .hub import render_card
-from .runs import read_metrics
+from .runs import read_metrics, read_record
 from .traces import scrub
 from .verification import CheckpointError, verify_folder
 
@@ -67,7 +68,6 @@ def export_folder(
     run: dict[str, Any] | None = None,
     metrics: list[dict] | None = None,
     recipe_text: str | None = None,
-    repo_id: str | None = None,
     state_dict: dict[str, Any] | None = None,
 ) -> Path:
     """Write a folder that goes to the Hub as it is, and loads anywhere.
@@ -84,7 +84,6 @@ def export_folder(
         run: The run's record, written to `run.json` and the card without host and user names and absolute paths.
         metrics: Rows of `metrics.jsonl`, written as they are and drawn.
         recipe_text: The resolved recipe, written to `recipe.yaml` and the card.
-        repo_id: `user/name` on the Hub, for the card's usage snippets.
         state_dict: The weights, where the model's own are shards. Default: the model's.
 
     Returns:
@@ -112,7 +111,7 @@ def export_folder(
         if metrics:
             rows = "".join(json.dumps(row) + "\n" for row in metrics)
             (partial / "metrics.jsonl").write_text(rows, encoding="utf-8")
-        describe_folder(partial, repo_id=repo_id, previous=old_card)
+        describe_folder(partial, previous=old_card)
         try:
             verify_folder(partial)
         except CheckpointError as error:
@@ -131,41 +130,38 @@ def write_records(folder: Path, run: dict[str, Any] | None, recipe_text: str | N
         run, recipe_text: as in `export_folder`.
     """
     if recipe_text:
-        (folder / "recipe.yaml").write_text(scrub(recipe_text, names=False), encoding="utf-8")
+        write_whole(folder / "recipe.yaml", scrub(recipe_text, names=False))
     if run:
-        (folder / "run.json").write_text(json.dumps(scrub(run), indent=2) + "\n", encoding="utf-8")
+        write_whole(folder / "run.json", json.dumps(scrub(run), indent=2) + "\n")
 
 
-def describe_folder(
-    folder: Path, *, figures: bool = True, repo_id: str | None = None, previous: str | None = None
-) -> None:
+def describe_folder(folder: Path, *, figures: bool = True, previous: str | None = None) -> None:
     """Render the card, and draw the figures, of a folder from what is in it.
 
     Args:
         folder: holds `config.json`, and as far as they exist `run.json`, `metrics.jsonl` and `recipe.yaml`.
-        figures: draw them. Without, the card shows none.
-        repo_id: `ORG/NAME` on the Hub, for the usage snippets.
+        figures: draw them; those that cannot be drawn stay as they are. Without, the card shows none.
         previous: the card whose user's section is to be kept. None (default): the one in the folder, if any.
 
     Raises:
-        UserError: there is no card for the model, or the one there has lost the markers around the user's section.
+        UserError: there is no card for the model, the one there has lost the markers around the user's section, or a
+            record is damaged.
     """
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     measure = description_of(config).measure
-    card, records = folder / "README.md", [folder / name for name in ("run.json", "metrics.jsonl", "recipe.yaml")]
+    card, metrics, recipe = (folder / name for name in ("README.md", "metrics.jsonl", "recipe.yaml"))
     if previous is None and card.exists():
         previous = card.read_text(encoding="utf-8")
-    run, metrics, recipe = (path if path.exists() else None for path in records)
-    rows = read_metrics(metrics) if metrics else []
-    render_card(
-        json.loads(run.read_text(encoding="utf-8")) if run else None,
+    rows = read_metrics(metrics) if metrics.exists() else []
+    text = render_card(
+        read_record(folder / "run.json"),
         config,
         metrics=rows,
-        recipe_text=recipe.read_text(encoding="utf-8") if recipe else None,
+        recipe_text=recipe.read_text(encoding="utf-8") if recipe.exists() else None,
         figures=_write_figures(rows, folder, measure) if figures else (),
-        repo_id=repo_id,
         previous=previous,
-    ).save(card)
+    )
+    write_whole(card, str(text))
 
 
 @contextmanager
@@ -229,16 +225,16 @@ def temporarily(target: Any, **values: Any) -> Iterator[None]:
 
 
 def _write_figures(metrics: list[dict], folder: Path, measure: str) -> list[str]:
-    """Draw what the rows hold; returns the pictures' paths inside the folder."""
+    """Draw what the rows hold; returns the paths inside the folder of the pictures that are there then."""
+    loss, gates = folder / "figures" / "loss.png", folder / "figures" / "gates.png"
     if metrics and find_spec("matplotlib") is None:
-        logger.warning("The folder gets no figures: matplotlib is not installed (pip install matplotlib).")
-        return []
-    figures = []
-    if any(math.isfinite(row.get(measure) or math.nan) for row in metrics):
-        figures.append(loss_curve(metrics, folder / "figures" / "loss.png", measure))
-    if gate_history(metrics) is not None:
-        figures.append(gate_map(metrics, folder / "figures" / "gates.png"))
-    return [path.relative_to(folder).as_posix() for path in figures]
+        logger.warning("The folder gets no new figures: matplotlib is not installed (pip install matplotlib).")
+    else:
+        if any(math.isfinite(row.get(measure) or math.nan) for row in metrics):
+            loss_curve(metrics, loss, measure)
+        if gate_history(metrics) is not None:
+            gate_map(metrics, gates)
+    return [path.relative_to(folder).as_posix() for path in (loss, gates) if path.exists()]
 
 
 def _recover(folder: Path, partial: Path, previous: Path) -> None:

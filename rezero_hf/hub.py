@@ -53,20 +53,19 @@ def render_card(
     metrics: Sequence[dict] | None = None,
     recipe_text: str | None = None,
     figures: Iterable[str] = (),
-    repo_id: str | None = None,
     license: str = "apache-2.0",
     previous: str | None = None,
 ) -> ModelCard:
     """Render a model card.
 
     Args:
-        run: The run's record (`run.json`): name, data, device, times, versions, results. Whatever it lacks, the card
-            leaves out; None is a model without a record.
+        run: The run's record (`run.json`): name, data, device, times, versions, results, and `repo_id`, `ORG/NAME` on
+            the Hub, for the usage snippets. Whatever it lacks, the card leaves out, but for a placeholder, explained as
+            one, instead of `repo_id`; None is a model without a record.
         config: The model's configuration: where the description of the architecture comes from.
         metrics: Rows of `metrics.jsonl`, for the sentence on what the gates became.
         recipe_text: The resolved recipe, embedded as it is.
         figures: Paths inside the folder of the pictures to show, e.g. `"figures/loss.png"`.
-        repo_id: `user/name` on the Hub, for the usage snippets. A placeholder, explained as one, when None.
         license: Of code and weights, as a Hub licence id. The data's licence is stated beside it.
         previous: The text of the card this one replaces; its user's section is carried over.
 
@@ -123,8 +122,8 @@ def render_card(
         results=_results(run, about),
         evaluations=_evaluations(run, about),
         figures=[{"path": path, "text": _captions(about).get(path, path)} for path in figures],
-        repo_id=repo_id or REPO_PLACEHOLDER,
-        placeholder=repo_id is None,
+        repo_id=run.get("repo_id") or REPO_PLACEHOLDER,
+        placeholder=not run.get("repo_id"),
         prompt=quoted(known[0]["prompt"] if known else "The "),
         data=table(("data", "value"), flat(data)),
         licences="\n".join(licences),
@@ -235,13 +234,14 @@ def _results(run: Mapping[str, Any], about: Description) -> str | None:
 
 def _evaluations(run: Mapping[str, Any], about: Description) -> str | None:
     rows = [
-        (", ".join(_sources(evaluation)), split, _way(evaluation), found)
+        (", ".join(_sources(evaluation)), split, *([] if about.of_images else [_way(evaluation)]), found)
         for evaluation in run.get("evaluations") or ()
         for split, found in _splits(evaluation).items()
     ]
     columns = list(dict.fromkeys(metric for *_, found in rows for metric in found))
     cells = [[*words, *(number(found.get(metric)) for metric in columns)] for *words, found in rows]
-    return table(("data", "split", "way", *(_metric(metric, about) for metric in columns)), cells)
+    words = ("data", "split") if about.of_images else ("data", "split", "way")
+    return table((*words, *(_metric(metric, about) for metric in columns)), cells)
 
 
 def _way(evaluation: Mapping[str, Any]) -> str:

@@ -1,18 +1,26 @@
-"""A model by its name, here or on the Hub, ready to be used. None of its code is run."""
+"""A model by its name, here or on the Hub, and what makes its inputs, ready to be used. None of its code is run."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .checkpoints import MANIFEST, verify_checkpoint
 from .descriptions import DESCRIBED
 from .errors import UserError, one_line
+from .publishing import FAILURES
 from .starting import UNREADABLE, load_whole
 
 
@@ -60,24 +68,63 @@ def open_model(name: str) -> Opened:
     Raises:
         UserError: there is no such model, it is damaged, or it is of another kind.
     """
+
+    def choose(config: PreTrainedConfig) -> type:
+        head = (config.architectures or ["a model without a head"])[0]
+        if head in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+            return AutoModelForCausalLM
+        for model_class in DESCRIBED:
+            if model_class.__name__ == head:
+                return model_class
+        raise UserError(
+            f"{name} holds {head}, which is neither a causal language model nor an image classifier of rezero_hf."
+        )
+
     folder, commit = _find(name)
+    model = load_folder(folder, name, choose)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    return Opened(name, folder, commit, model.eval().to(device))
+
+
+def load_folder(folder: Path, name: str, choose: Callable[[PreTrainedConfig], type]) -> PreTrainedModel:
+    """The whole model that is saved in a folder; a training checkpoint is verified first.
+
+    Args:
+        folder: where.
+        name: what messages begin with.
+        choose: gives the class for a configuration, whose `architectures` are strings, or raises a `UserError`.
+
+    Raises:
+        UserError: there is no model, it is an adapter or damaged, or a package that it needs is missing.
+    """
+    # The library would fetch the model that it belongs to.
+    if (folder / "adapter_config.json").exists():
+        raise UserError(f"{name} holds an adapter; merge it into its model and save that (PEFT's merge_and_unload).")
     if (folder / MANIFEST).exists():
         verify_checkpoint(folder)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except UNREADABLE as error:
         raise UserError(f"{name} holds no model ({one_line(error)}).") from error
-    head = (config.architectures or ["a model without a head"])[0]
-    classes = {model_class.__name__: model_class for model_class in DESCRIBED}
-    if head in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
-        classes[head] = AutoModelForCausalLM
-    if head not in classes:
+    heads = config.architectures
+    if heads is not None and not (isinstance(heads, list) and all(isinstance(head, str) for head in heads)):
+        raise UserError(f"{name} holds no model (architectures is {heads!r} in its config.json, no list of names).")
+    return load_whole(folder, choose(config), name, local_files_only=True, trust_remote_code=False)
+
+
+def load_processor(auto_class: type, folder: Path, name: str, what: str) -> Any:
+    """What makes a model's inputs, by `AutoTokenizer`, `AutoImageProcessor` or `AutoProcessor`.
+
+    Raises:
+        UserError: there is no `what`.
+    """
+    try:
+        return auto_class.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    # Of any kind, as in `tokenization.load_tokenizer`.
+    except Exception as error:
         raise UserError(
-            f"{name} holds {head}, which is neither a causal language model nor an image classifier of rezero_hf."
-        )
-    model = load_whole(folder, classes[head], name, trust_remote_code=False)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    return Opened(name, folder, commit, model.eval().to(device))
+            f"{name} holds no {what} ({one_line(error)}); put the model's own there by its save_pretrained(FOLDER)."
+        ) from error
 
 
 def tokenizer_of(opened: Opened) -> PreTrainedTokenizerBase:
@@ -89,17 +136,10 @@ def tokenizer_of(opened: Opened) -> PreTrainedTokenizerBase:
     if opened.of_images:
         kind = type(opened.model).__name__
         raise UserError(f"{opened.name} holds {kind}, which reads images; a language model is needed.")
-    try:
-        # Of some models the library makes an empty tokenizer where there is none.
-        if not any(next(opened.folder.glob(pattern), None) for pattern in ("tokenizer*", "vocab.*", "*.model")):
-            raise FileNotFoundError("no tokenizer.json")
-        return AutoTokenizer.from_pretrained(opened.folder, local_files_only=True, trust_remote_code=False)
-    # Of any kind, as in `tokenization.load_tokenizer`.
-    except Exception as error:
-        raise UserError(
-            f"{opened.name} holds no tokenizer ({one_line(error)}); put the model's own there: "
-            "tokenizer.save_pretrained(FOLDER)."
-        ) from error
+    # Of some models the library makes an empty tokenizer where there is none.
+    if not any(next(opened.folder.glob(pattern), None) for pattern in ("tokenizer*", "vocab.*", "*.model")):
+        raise UserError(f"{opened.name} holds no tokenizer; put the model's own there by its save_pretrained(FOLDER).")
+    return load_processor(AutoTokenizer, opened.folder, opened.name, "tokenizer")
 
 
 def _find(name: str) -> tuple[Path, str | None]:
@@ -111,7 +151,7 @@ def _find(name: str) -> tuple[Path, str | None]:
         raise UserError(f"{name}: there is no such folder.")
     try:
         found = Path(snapshot_download(repository, revision=revision or None, **WANTED))
-    except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
+    except FAILURES as error:
         raise UserError(
             f"{name}: there is no such folder, and it cannot be had from the Hub ({one_line(error)})."
         ) from error

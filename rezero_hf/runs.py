@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from .errors import UserError
+from .errors import UserError, one_line
 
 
 PACKAGES = (
@@ -51,6 +51,19 @@ def read_metrics(path: str | Path) -> list[dict]:
             raise UserError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
         rows.append(row)
     return rows
+
+
+def read_record(path: str | Path) -> dict[str, Any]:
+    """What a `run.json` says; nothing without a file.
+
+    Raises:
+        UserError: it cannot be read, or holds no JSON object.
+    """
+    path = Path(path)
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({one_line(error)}); without that file there is no record") from error
 
 
 def provenance(device: torch.device) -> dict[str, Any]:

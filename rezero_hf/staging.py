@@ -5,7 +5,8 @@ import shutil
 from pathlib import Path
 
 from .errors import UserError
-from .export import describe_folder, is_exported
+from .export import describe_folder, is_exported, write_records
+from .runs import read_record
 from .verification import verify_folder, verify_text
 
 
@@ -44,7 +45,7 @@ def make_publishable(staged: Path, repo_id: str | None = None) -> Path:
 
     Args:
         staged: from `stage`.
-        repo_id: `ORG/NAME`, for the card's usage snippets.
+        repo_id: `ORG/NAME`, which its record then says, for the card's usage snippets.
 
     Raises:
         UserError: it is no model, would not load, or holds what must not be published; every problem is listed.
@@ -52,7 +53,8 @@ def make_publishable(staged: Path, repo_id: str | None = None) -> Path:
     root = staged / "root"
     if not (root / "config.json").is_file():
         raise UserError("there is no model to push: the folder has no config.json")
-    describe_folder(root, repo_id=repo_id)
+    write_records(root, read_record(root / "run.json") | {"repo_id": repo_id}, None)
+    describe_folder(root)
     verify_folder(root)
     for checkpoint in (staged / "beside").glob("*"):
         verify_text(checkpoint)

@@ -1,6 +1,6 @@
 """Where a run begins: with random weights, or with another run's model, grown, and what its optimiser remembers.
 
-`load_whole` is how that model is loaded, here and in `scripts/surgery.py`.
+`load_whole` is how that model is loaded, here and in `opening`.
 """
 
 from dataclasses import dataclass
@@ -33,8 +33,8 @@ FREE = (
 )
 # What FSDP's SHARDED_STATE_DICT saves instead of a file of weights.
 SHARDS = f"{FSDP_MODEL_NAME}_0"
-# What the libraries raise of a folder that holds no model of theirs, or a damaged one.
-UNREADABLE = (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError)
+# What the libraries raise of a folder that holds no model of theirs, a damaged one, or one that needs another package.
+UNREADABLE = (OSError, ValueError, RuntimeError, ImportError, SafetensorError, StrictDataclassError)
 
 
 @dataclass

@@ -24,7 +24,7 @@ import typer
 from rezero_hf.cli import run
 from rezero_hf.durable import write_whole
 from rezero_hf.errors import UserError
-from rezero_hf.evaluation import data_for, evaluate_images, evaluate_text, keep
+from rezero_hf.evaluation import data_for, evaluate_images, evaluate_text, keep, why_not_kept
 from rezero_hf.markdown import number, table
 from rezero_hf.opening import open_model
 from rezero_hf.runs import now, provenance
@@ -47,20 +47,25 @@ def main(
     cache_dir: Annotated[str | None, typer.Option("--cache_dir", help="where prepared data live")] = None,
     output: Annotated[Path | None, typer.Option(help="where the record goes too, as JSON")] = None,
 ) -> None:
+    # Measuring takes long, so whether its result has a place comes first.
     if output is not None:
-        # Measuring takes long, so whether its result has a place comes first.
+        output = output.expanduser()
         writable_folder(output.parent, "name another file with --output")
+        if output.is_dir():
+            raise UserError(f"--output {output}: this is a folder; name a file.")
     opened = open_model(model)
+    if reason := why_not_kept(opened):
+        print(f"will not be kept beside the model: {reason}" + ("" if output else " (--output FILE keeps it)"))
     splits = list(dict.fromkeys(map(str, split or [Split.validation, Split.test])))
     record = provenance(opened.model.device)
-    source = data_for(opened, data, cache_dir)
+    source, fingerprint = data_for(opened, data, cache_dir)
     if not opened.of_images:
-        record |= evaluate_text(opened, source, splits, window, stride, batch_size)
+        record |= evaluate_text(opened, source, splits, window, stride, batch_size, fingerprint)
         what = f"{record['way']}, windows of {record['window']} tokens, one every {record['stride']}"
     elif window or stride or Split.all in splits:
         raise UserError("--window, --stride and --split all are for text; images are measured one by one.")
     else:
-        record |= evaluate_images(opened, source, splits, batch_size)
+        record |= evaluate_images(opened, source, splits, batch_size, fingerprint)
         what = "images"
     record |= {"model": model, "commit": opened.commit, "finished": now(), "precision": str(opened.model.dtype)}
     print(f"{model} on {', '.join(record['source'])}: {what}")
@@ -69,7 +74,9 @@ def main(
     print(table(("split", *(column.replace("_", " ") for column in columns)), rows))
     if output is not None:
         write_whole(output, json.dumps(record, indent=2) + "\n")
-    print(keep(opened, record))
+    if not reason:
+        keep(opened, record)
+        print(f"kept in {opened.folder / 'run.json'}, and shown by the card beside it")
 
 
 if __name__ == "__main__":

@@ -8,9 +8,11 @@ of whose code is run. Only text goes to stdout. The prompt is taken as it is, al
 ends it with what there is.
 """
 
+import os
 import sys
 from typing import Annotated
 
+import torch
 import typer
 from transformers import TextStreamer, set_seed
 
@@ -36,14 +38,15 @@ def main(
         raise UserError(f"--temperature {temperature}: must be a finite number, 0 or more.")
     if not 0 < top_p <= 1:
         raise UserError(f"--top_p {top_p}: must be above 0 and at most 1.")
-    if prompt == "-" or (prompt is None and not sys.stdin.isatty()):
-        try:
-            prompt = sys.stdin.buffer.read().decode()
-        except UnicodeDecodeError as error:
-            raise UserError(f"the piped prompt is not UTF-8 text ({error}).") from error
+    piped = prompt == "-" or (prompt is None and not sys.stdin.isatty())
+    try:
+        prompt = (sys.stdin.buffer.read() if piped else os.fsencode(prompt or "")).decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"the prompt is not UTF-8 text ({error}).") from error
     opened = open_model(model)
     tokenizer = tokenizer_of(opened)
-    inputs = tokenizer(prompt or "", return_tensors="pt", return_token_type_ids=False)
+    # What looks like the name of a special token is text.
+    inputs = tokenizer(prompt, split_special_tokens=True, return_tensors="pt", return_token_type_ids=False)
     if not inputs["input_ids"].numel():
         begin = tokenizer.bos_token or tokenizer.eos_token
         if begin is None:
@@ -59,6 +62,11 @@ def main(
     if room < max_new_tokens:
         print(f"{room} tokens at most: it has positions for {opened.positions}, prompt included", file=sys.stderr)
 
+    def finite(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if not torch.isfinite(scores.max() / (temperature or 1)):
+            raise UserError(f"{model}: the model's logits are not finite at --temperature {temperature}.")
+        return scores
+
     if seed is not None:
         set_seed(seed)
     drawing = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
@@ -68,6 +76,8 @@ def main(
         opened.model.generate(
             **inputs.to(opened.model.device),
             max_new_tokens=min(room, max_new_tokens),
+            num_beams=1,
+            logits_processor=[finite],
             streamer=streamer,
             **(drawing if temperature else {"do_sample": False}),
         )

@@ -7,23 +7,22 @@
 FOLDER is an export or a training checkpoint; OUTPUT becomes an export of its own, with a card that says what was done.
 """
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from transformers import AutoConfig, AutoProcessor, PreTrainedModel
+from transformers import AutoProcessor, PreTrainedModel
 
-from rezero_hf.checkpoints import MANIFEST, verify_checkpoint
+from rezero_hf.checkpoints import MANIFEST
 from rezero_hf.cli import run
 from rezero_hf.descriptions import described_class
 from rezero_hf.errors import UserError, one_line
 from rezero_hf.export import Processor, export_folder
+from rezero_hf.opening import load_folder, load_processor
 from rezero_hf.pruning import prune_layers
-from rezero_hf.runs import read_metrics
-from rezero_hf.starting import UNREADABLE, load_whole
+from rezero_hf.runs import read_metrics, read_record
 from rezero_hf.surgery import fold_gates, grow_depth
 
 
@@ -37,18 +36,8 @@ def open_folder(folder: Path, output: Path) -> tuple[PreTrainedModel, Processor]
         raise UserError(f"{folder}: there is no such folder")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} is not empty; choose another folder")
-    if (folder / MANIFEST).exists():
-        verify_checkpoint(folder)
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except UNREADABLE as error:
-        raise UserError(f"{folder} holds no model ({one_line(error)})") from error
-    model = load_whole(folder, described_class(config), str(folder))
-    try:
-        return model, AutoProcessor.from_pretrained(folder)
-    # Of any kind, as in `tokenization.load_tokenizer`.
-    except Exception as error:
-        raise UserError(f"{folder} holds no tokenizer or image processor ({one_line(error)})") from error
+    model = load_folder(folder, str(folder), described_class)
+    return model, load_processor(AutoProcessor, folder, str(folder), "tokenizer or image processor")
 
 
 def write(folder: Path, output: Path, model: PreTrainedModel, processor: Processor, what: str, **facts: Any) -> None:
@@ -59,9 +48,9 @@ def write(folder: Path, output: Path, model: PreTrainedModel, processor: Process
     # A checkpoint's recipe lies beside its run.
     run_folder = folder.absolute().parents[1] if (folder / MANIFEST).exists() else folder
     metrics, recipe = folder / "metrics.jsonl", run_folder / "recipe.yaml"
-    if "pruning" in facts:
-        for measured in ("results", "evaluations"):
-            record.pop(measured, None)
+    # Nor is it what lies on the Hub.
+    for word in ("repo_id", *(("results", "evaluations") if "pruning" in facts else ())):
+        record.pop(word, None)
     export_folder(
         model,
         processor,
@@ -71,14 +60,6 @@ def write(folder: Path, output: Path, model: PreTrainedModel, processor: Process
         recipe_text=recipe.read_text(encoding="utf-8") if recipe.exists() else None,
     )
     print(f"{output}: {what}; {model.num_parameters():,} parameters, verified; it loads anywhere as it is")
-
-
-def read_record(path: Path) -> dict[str, Any]:
-    """What is known of the run; nothing without a file."""
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({one_line(error)}); without that file there is no record") from error
 
 
 def fold(folder: Folder, output: Output):

@@ -185,7 +185,7 @@ def test_values_that_make_no_sense(fields, message):
 def test_text_shorter_than_a_block(tmp_path):
     """One line with the sizes and the way out."""
     with pytest.raises(DataError, match=r"in' gives 4 training tokens, less than one block of 16: add text or lower"):
-        prepared_from(tmp_path, "abc", **UNSPLIT)
+        TrainBlocks(prepared_from(tmp_path, "abc", **UNSPLIT), 0, 1)
 
 
 def test_undecodable_text_leaves_nothing_behind(tmp_path):
@@ -244,7 +244,7 @@ def test_an_id_that_was_never_written(tmp_path, text_file, split):
 def test_ids_beyond_the_vocabulary(prepared):
     """A model that is too small for the ids is told the highest id and the size it needs."""
     prepared.check_vocab(259)
-    message = r"model.vocab_size is 256, but the data has token ids up to 257 .* at least 259"
+    message = r"a model with vocab_size 256 cannot take this data's token ids up to 257 .* at least 259"
     with pytest.raises(DataError, match=message):
         prepared.check_vocab(256)
 

@@ -5,7 +5,9 @@ import math
 import runpy
 import shutil
 import sys
+from dataclasses import replace
 
+import httpx2
 import pytest
 import torch
 from transformers import BertConfig, BertLMHeadModel, GPT2Config, GPT2LMHeadModel
@@ -16,14 +18,17 @@ from rezero_hf import (
     ReZeroMLPForImageClassification,
     ReZeroTrainer,
     ReZeroTrainingArguments,
+    evaluation,
     export_folder,
+    opening,
     verify_folder,
 )
+from rezero_hf.checkpoints import MANIFEST
 from rezero_hf.data import DataConfig, EvalBlocks, Source, prepare
 from rezero_hf.errors import UserError
-from rezero_hf.evaluation import evaluate_images, evaluate_text
+from rezero_hf.evaluation import data_for, evaluate_images, evaluate_text, why_not_kept
 from rezero_hf.image_data import EvalImages, ImageDataConfig, accuracy_metrics, prepare_images
-from rezero_hf.opening import Opened, open_model
+from rezero_hf.opening import open_model
 from rezero_hf.tokenization import token_byte_lengths, train_bpe
 
 
@@ -71,25 +76,36 @@ def test_blockwise_is_what_training_measures(opened, config, tokenizer, tmp_path
 
 
 @pytest.mark.parametrize(("window", "stride"), [(WINDOW, 1), (WINDOW, 5), (WINDOW, WINDOW), (512, 512)])
-def test_every_token_is_scored_once_from_the_context_that_is_promised(opened, config, tokenizer, window, stride):
-    """Against one call of the model for each token, with the context that its block gives it; the last case is all."""
-    stream = prepare(config, tokenizer, progress=False).stream("test", 0)
-    text = torch.from_numpy(stream.read(-1, len(stream)))
+def test_every_token_is_scored_once_from_the_context_that_is_promised(
+    opened, config, tokenizer, window, stride, tmp_path
+):
+    """Against one call of the model for each token, with the context that its block gives it; the last case is all.
+
+    No block reaches from one source into the other.
+    """
+    (tmp_path / "other.txt").write_text(TEXT[300:1300])
+    config = replace(config, sources=[*config.sources, Source(str(tmp_path / "other.txt"))])
+    prepared = prepare(config, tokenizer, progress=False)
+    streams = [prepared.stream("test", source) for source in range(2)]
+    assert min(map(len, streams)) > WINDOW
     nats, right, least = 0.0, 0, window
-    for token in range(len(stream)):
-        # The first block that holds the token, which is the one with most of the text before it.
-        start = max(0, math.ceil((token - window + 1) / stride)) * stride
-        with torch.no_grad():
-            logits = opened.model(text[None, start : token + 1]).logits[0, -1]
-        nats -= logits.log_softmax(-1)[text[token + 1]].item()
-        right += int(logits.argmax() == text[token + 1])
-        least = min(least, token - start + 1 if token >= window else window)
+    for stream in streams:
+        text = torch.from_numpy(stream.read(-1, len(stream)))
+        for token in range(len(stream)):
+            # The first block that holds the token, which is the one with most of the text before it.
+            start = max(0, math.ceil((token - window + 1) / stride)) * stride
+            with torch.no_grad():
+                logits = opened.model(text[None, start : token + 1]).logits[0, -1]
+            nats -= logits.log_softmax(-1)[text[token + 1]].item()
+            right += int(logits.argmax() == text[token + 1])
+            least = min(least, token - start + 1 if token >= window else window)
     assert least >= window - stride + 1
     found = evaluate_text(opened, config, ["test"], window, stride, 8)["results"]["test"]
-    assert found["tokens"] == len(stream)
-    assert found["loss"] == pytest.approx(nats / len(stream), rel=1e-5)
+    tokens = sum(map(len, streams))
+    assert found["tokens"] == tokens
+    assert found["loss"] == pytest.approx(nats / tokens, rel=1e-5)
     assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / found["bytes"], rel=1e-5)
-    assert found["accuracy"] == pytest.approx(right / len(stream))
+    assert found["accuracy"] == right / tokens
 
 
 def test_all_is_all_of_the_text_in_one_number(opened, config):
@@ -124,6 +140,12 @@ def test_a_model_that_looks_ahead_is_refused(config, tmp_path):
         evaluate_text(opened_from(bert, train_bpe([TEXT], 300), tmp_path / "bert"), config, ["test"], None, None, 8)
 
 
+def test_a_diverged_model_is_measured_as_it_is(opened, config):
+    """It does not look ahead; its loss is no number."""
+    torch.nn.init.constant_(opened.model.get_output_embeddings().weight, math.nan)
+    assert math.isnan(evaluate_text(opened, config, ["test"], None, None, 8)["results"]["test"]["loss"])
+
+
 def test_images_as_training_measures_them(tmp_path):
     """Loss and accuracy of a classifier of digits; other images are refused."""
     data = ImageDataConfig("digits", augmentation="none", cache_dir=str(tmp_path / "cache"))
@@ -155,16 +177,17 @@ def evaluate(monkeypatch, capsys, tmp_path):
     return run
 
 
-def test_the_script_writes_where_the_card_reads(tiny_model, tokenizer, tmp_path, evaluate):
+def test_the_script_writes_where_the_card_reads(tiny_model, tokenizer, tmp_path, evaluate, config, monkeypatch):
     """On what the recipe says: into `run.json`, table and metadata of the card; the same again takes its place."""
     run = tmp_path / "runs" / "tiny"
     text = tmp_path / "text.txt"
-    text.write_text(TEXT)
     recipe = f"data: {{sources: [{{source: {text}}}], block_size: {WINDOW}}}\n"
-    export_folder(tiny_model(), tokenizer, run / "model", run={"name": "tiny"}, recipe_text=recipe)
+    known = {"name": "tiny", "repo_id": "org/tiny", "data": prepare(config, tokenizer, progress=False).record()}
+    export_folder(tiny_model(), tokenizer, run / "model", run=known, recipe_text=recipe)
     (run / "recipe.yaml").write_text(recipe)
-    status, said, _ = evaluate(run / "model", "--output", tmp_path / "result.json")
-    assert status == 0 and "blockwise, windows of 16 tokens" in said
+    monkeypatch.setenv("HOME", str(tmp_path))
+    status, said, error = evaluate(run / "model", "--output", "~/new/result.json")
+    assert status == 0 and "blockwise, windows of 16 tokens" in said, error
     for words in (("--stride", 8, "--split", "test"), ("--split", "test")):
         assert evaluate(run / "model", *words)[0] == 0
     kept = json.loads((run / "model" / "run.json").read_text())
@@ -179,9 +202,18 @@ def test_the_script_writes_where_the_card_reads(tiny_model, tokenizer, tmp_path,
     assert f"value: {bits}\n      name: bits per byte (sliding, 16 tokens every 8)" in card
     assert "| text.txt | test | sliding, 16 tokens every 8 |" in card
     verify_folder(run / "model")
-    record = json.loads((tmp_path / "result.json").read_text())
+    assert '"org/tiny"' in card and "USER/NAME" not in card
+    record = json.loads((tmp_path / "new" / "result.json").read_text())
     assert f"| validation | {record['results']['validation']['loss']:.4f} |" in said
     assert {"command", "started", "versions", "device", "model", "precision"} <= set(record)
+
+    text.write_text(TEXT * 2)
+    status, _, error = evaluate(run / "model", "--split", "test")
+    assert status == 2 and "what its recipe names is not what it was trained on (fingerprint" in error
+    # Other text is another result, in blocks as long as in training.
+    status, said, _ = evaluate(run / "model", text, "--split", "test")
+    assert status == 0 and "windows of 16 tokens" in said
+    assert len(json.loads((run / "model" / "run.json").read_text())["evaluations"]) == 4
 
 
 def test_a_model_from_the_hub_by_its_revision(opened, hub, tmp_path, config):
@@ -203,12 +235,28 @@ def test_a_users_mistake_is_one_line(tiny_model, tokenizer, tmp_path, evaluate):
     shutil.copytree(tmp_path / "lm", tmp_path / "mute", ignore=shutil.ignore_patterns("tokenizer*"))
     tiny_model(ReZeroForMaskedLM).save_pretrained(tmp_path / "masked")
     ReZeroMLPForImageClassification(ReZeroMLPConfig(image_size=4, hidden_size=8)).save_pretrained(tmp_path / "mlp")
+    config = json.loads((tmp_path / "lm" / "config.json").read_text())
+    for name, words in (
+        ("headless", {"architectures": 5}),
+        ("gptq", {"quantization_config": {"quant_method": "gptq", "bits": 4}}),
+    ):
+        shutil.copytree(tmp_path / "lm", tmp_path / name)
+        (tmp_path / name / "config.json").write_text(json.dumps(config | words))
+    shutil.copytree(tmp_path / "lm", tmp_path / "adapter")
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    export_folder(tiny_model(), tokenizer, tmp_path / "torn")
+    (tmp_path / "torn" / "run.json").write_text('{"name":')
     text = tmp_path / "text.txt"
     for words, message in [
         ((tmp_path / "none", text), "there is no such folder"),
         (("no/such", text), "no/such: there is no such folder, and it cannot be had from the Hub"),
         ((tmp_path, text), "holds no model"),
-        ((tmp_path / "mute", text), "holds no tokenizer (no tokenizer.json)"),
+        ((tmp_path / "mute", text), "holds no tokenizer; put the model's own there"),
+        ((tmp_path / "headless", text), "headless holds no model (architectures is 5 in its config.json"),
+        ((tmp_path / "gptq", text), "gptq: its weights cannot be loaded (Loading a GPTQ quantized model requires"),
+        ((tmp_path / "adapter", text), "adapter holds an adapter; merge it into its model"),
+        ((tmp_path / "torn", text), "run.json is damaged (Expecting value"),
+        ((tmp_path / "lm", text, "--output", tmp_path), "this is a folder; name a file"),
         ((tmp_path / "masked", text), "holds ReZeroForMaskedLM, which is neither a causal language model nor"),
         ((tmp_path / "mlp", "digits"), "holds no image processor"),
         ((tmp_path / "mlp", "digits", "--stride", 2), "are for text"),
@@ -228,4 +276,66 @@ def test_what_has_no_card_of_ours_is_left_as_it_is(opened, tmp_path, evaluate):
     status, said, _ = evaluate(opened.folder, tmp_path / "text.txt", "--split", "test")
     assert status == 0 and "has no card of rezero_hf" in said
     assert {path: path.read_bytes() for path in opened.folder.iterdir()} == before
-    assert isinstance(opened, Opened) and opened.commit is None
+
+
+def test_where_an_evaluation_is_not_kept(tiny_model, tokenizer, tmp_path, monkeypatch):
+    """Only an export that can be written keeps it; that is known before the work."""
+    opened = open_model(str(export_folder(tiny_model(), tokenizer, tmp_path / "model")))
+    assert why_not_kept(opened) is None
+    assert "only an export on this machine" in why_not_kept(opened._replace(commit="abc"))
+
+    def full(dir):
+        raise OSError("Read-only file system")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("tempfile.TemporaryFile", full)
+        assert "cannot write into" in why_not_kept(opened)
+    (opened.folder / MANIFEST).touch()
+    assert "only an export on this machine" in why_not_kept(opened)
+
+
+def test_a_recipe_from_the_hub_names_corpora_and_nothing_else(opened, tmp_path):
+    """Neither files nor folders of this machine, nor where its cache lies; of a folder here it does."""
+    fetched = opened._replace(commit="abc")
+
+    def write(source):
+        (opened.folder / "recipe.yaml").write_text(f"data: {{sources: [{source!r}], cache_dir: {tmp_path}/theirs}}\n")
+
+    for source in ("python-stdlib", "enwik8", "hub:org/text"):
+        write(source)
+        assert data_for(opened, None)[0].cache_dir == f"{tmp_path}/theirs"
+        data, _ = data_for(fetched, None)
+        assert (data.sources[0].source, data.cache_dir) == (source, None)
+        assert data_for(fetched, None, "mine")[0].cache_dir == "mine"
+    for source in ("enwik8:/etc/passwd", "text.txt", "digits", "hub:/etc", "hub:rezero_hf/models"):
+        write(source)
+        with pytest.raises(UserError, match=f"its recipe names files, '{source}'; name text or images of yours, DATA"):
+            data_for(fetched, None)
+
+
+def test_no_code_of_a_folder_is_run(tmp_path, monkeypatch):
+    """Not even where somebody says yes to the library's question."""
+    ReZeroMLPForImageClassification(ReZeroMLPConfig(image_size=8, num_channels=1, hidden_size=8)).save_pretrained(
+        tmp_path
+    )
+    (tmp_path / "preprocessor_config.json").write_text('{"auto_map": {"AutoImageProcessor": "theirs.Theirs"}}')
+    (tmp_path / "theirs.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Theirs: pass\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(UserError, match="holds no image processor"):
+        evaluate_images(open_model(str(tmp_path)), ImageDataConfig("digits"), ["test"], 8)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_lost_connection_is_one_line(monkeypatch):
+    def lost(*_, **__):
+        raise httpx2.RemoteProtocolError("peer closed connection without sending complete message body")
+
+    monkeypatch.setattr(opening, "snapshot_download", lost)
+    with pytest.raises(UserError, match=r"org/name: .*cannot be had from the Hub \(peer closed connection"):
+        open_model("org/name")
+
+
+def test_text_needs_a_package(opened, config, monkeypatch):
+    monkeypatch.setattr(evaluation, "find_spec", lambda package: None)
+    with pytest.raises(UserError, match=r"pip install 'rezero_hf\[eval\]'"):
+        evaluate_text(opened, config, ["test"], None, None, 8)

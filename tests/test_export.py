@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from rezero_hf import export
 from rezero_hf.errors import UserError
-from rezero_hf.export import export_folder, rescue
+from rezero_hf.export import describe_folder, export_folder, rescue
 from rezero_hf.hub import USER_SECTION
 from rezero_hf.images import cifar_image_processor, image_processor
 from rezero_hf.models import (
@@ -160,6 +160,14 @@ def test_ids_and_cache_are_what_generation_needs(tmp_path, tokenizer):
         assert settings.use_cache is True
         assert settings.eos_token_id == tokenizer.eos_token_id
         assert settings.pad_token_id == tokenizer.pad_token_id
+
+
+def test_figures_that_cannot_be_drawn_stay(folder, monkeypatch):
+    card = (folder / "README.md").read_text()
+    assert "figures/loss.png" in card and "figures/gates.png" in card
+    monkeypatch.setattr(export, "find_spec", lambda package: None)
+    describe_folder(folder)
+    assert (folder / "README.md").read_text() == card
 
 
 def test_a_new_export_replaces_the_old(tmp_path, tokenizer):

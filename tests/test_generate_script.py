@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import json
 import runpy
 import sys
 
@@ -71,6 +72,42 @@ def test_text_comes_whole_and_alone(singer, generate):
     assert generate(singer, "é", "--max_new_tokens", 4)[1] == "é日 \n"
 
 
+def test_text_arrives_while_it_is_made(singer, generate, monkeypatch, capsys):
+    seen, end = [], TextStreamer.end
+
+    def at_the_end(streamer):
+        seen.append(capsys.readouterr().out)
+        end(streamer)
+
+    monkeypatch.setattr(TextStreamer, "end", at_the_end)
+    assert generate(singer, "é")[0] == 0
+    assert seen == ["é日 🙂\n"]
+
+
+def test_what_is_drawn(tiny_model, tokenizer, tmp_path, generate):
+    """A seed is a text, 0 degrees and the smallest share are the most likely tokens."""
+    model = tiny_model(initializer_range=0.3)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    ids = torch.tensor([[97]])
+    for _ in range(12):
+        ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
+    words = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    likely = tokenizer.decode(ids[0], **words) + "\n"
+
+    def text(*options):
+        return generate(tmp_path, "a", "--max_new_tokens", 12, *options)[1]
+
+    assert text("--temperature", 0) == text("--seed", 1, "--top_p", 1e-6) == likely
+    assert text("--seed", 1) == text("--seed", 1) not in (likely, text("--seed", 2))
+
+
+def test_a_prompt_is_text_and_one_text_comes(singer, generate):
+    """The name of a special token is its characters; a beam search that the folder asks for could not be streamed."""
+    (singer / "generation_config.json").write_text(json.dumps({"num_beams": 4, "eos_token_id": 256}))
+    assert generate(singer, "<|endoftext|>é")[:2] == (0, f"<|endoftext|>{SONG}\n")
+
+
 def test_ctrl_c_ends_it_with_what_there_is(singer, generate, monkeypatch):
     calls, put = [], TextStreamer.put
 
@@ -110,5 +147,17 @@ def test_a_users_mistake_is_one_line(singer, tmp_path, tiny_model, generate):
         status, said, error = generate(*words)
         lines = [line for line in error.splitlines() if line.startswith("error: ")]
         assert (status, said) == (2, "") and len(lines) == 1 and message in lines[0], (words, error)
-    status, _, error = generate(singer, piped=b"\xff")
-    assert status == 2 and "the piped prompt is not UTF-8 text" in error
+    for words, piped in (((singer,), b"\xff"), ((singer, "\udcff"), b"")):
+        status, _, error = generate(*words, piped=piped)
+        assert status == 2 and "the prompt is not UTF-8 text" in error
+
+
+def test_logits_that_are_no_numbers(singer, tiny_model, tokenizer, tmp_path, generate):
+    """Of a diverged model, drawn or not, and by a temperature that is almost 0: one line."""
+    broken = tiny_model()
+    torch.nn.init.constant_(broken.get_output_embeddings().weight, float("nan"))
+    broken.save_pretrained(tmp_path / "broken")
+    tokenizer.save_pretrained(tmp_path / "broken")
+    for model, temperature in ((tmp_path / "broken", 0), (tmp_path / "broken", 1), (singer, 1e-45)):
+        status, _, error = generate(model, "é", "--temperature", temperature)
+        assert status == 2 and "the model's logits are not finite" in error and "Traceback" not in error

@@ -166,7 +166,7 @@ def test_a_card_whose_text_would_be_lost_is_not_replaced(previous):
 
 def test_usage_shows_both_ways():
     """With the package no trust flag is needed; without it the code is trusted at a pinned commit."""
-    own, remote = re.findall(r"```python\n(.*?)```", render_card(None, config(), repo_id="me/model").text, re.DOTALL)
+    own, remote = re.findall(r"```python\n(.*?)```", render_card({"repo_id": "me/model"}, config()).text, re.DOTALL)
     assert "import rezero_hf" in own
     assert "trust_remote_code" not in own
     assert "rezero_hf" not in remote
@@ -273,7 +273,7 @@ def test_a_fully_connected_nets_description_follows_its_configuration(residual):
 
 def test_only_what_is_code_is_trusted():
     """An image processor is Transformers' own: only the model is loaded with trust, and from a pinned commit."""
-    text = render_card(None, ReZeroMLPConfig.paper(num_channels=1), repo_id="me/model").text
+    text = render_card({"repo_id": "me/model"}, ReZeroMLPConfig.paper(num_channels=1)).text
     own, remote = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert "trust_remote_code" not in own
     assert remote.count('"me/model", revision="COMMIT"') == 2
@@ -289,3 +289,11 @@ def test_a_model_without_a_card_is_one_line(architecture):
     ) as caught:
         render_card(None, config(architectures=[architecture]))
     assert "\n" not in str(caught.value)
+
+
+def test_images_are_measured_in_one_way():
+    """A column that would be empty is not there."""
+    evaluation = {"source": ["digits"], "results": {"test": {"loss": 0.5, "accuracy": 0.75, "images": 8}}}
+    text = render_card({"evaluations": [evaluation]}, ReZeroMLPConfig.paper(num_channels=1)).text
+    assert "| data | split | loss (nats per image) | accuracy | images |" in text
+    assert "| digits | test | 0.5000 | 0.7500 | 8 |" in text

@@ -12,6 +12,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 
 from rezero_hf import ReZeroForCausalLM, export_folder, publishing
 from rezero_hf.errors import UserError
+from rezero_hf.export import describe_folder
 from rezero_hf.hub import USER_SECTION
 from rezero_hf.publishing import PushError, Repository, check_access, push_folder
 from rezero_hf.staging import make_publishable, stage
@@ -150,6 +151,8 @@ def test_staging_and_describing_leave_the_source_as_it_was(exported, tmp_path):
     """The source vouches for its files by hash: a new card for the push is not written through a link."""
     before = {path: path.read_bytes() for path in exported.rglob("*") if path.is_file()}
     ready = make_publishable(stage(exported, tmp_path / "staged"), "me/other-name")
+    assert "me/other-name" in (ready / "README.md").read_text()
+    describe_folder(ready)
     assert "me/other-name" in (ready / "README.md").read_text()
     assert {path: path.read_bytes() for path in exported.rglob("*") if path.is_file()} == before
     assert (ready / "model.safetensors").samefile(exported / "model.safetensors")
