@@ -58,11 +58,9 @@ def data_for(
     recorded = read_record(_beside(opened.folder, "run.json")).get("data")
     recorded = recorded if isinstance(recorded, dict) else {}
     recipe = given or _beside(opened.folder, "recipe.yaml")
+    if not given and not recipe.exists():
+        raise UserError(f"{opened.name}: no recipe beside it says what it was trained on; name text or images, DATA.")
     if str(recipe).endswith((".yaml", ".yml")):
-        if not given and not recipe.exists():
-            raise UserError(
-                f"{opened.name}: no recipe beside it says what it was trained on; name text or images, DATA."
-            )
         data = load_recipe(recipe).data
         if not isinstance(data, config_class):
             raise UserError(f"{recipe}: its data are not what {type(opened.model).__name__} reads.")

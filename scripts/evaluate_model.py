@@ -6,7 +6,7 @@
 
 MODEL is a folder or a repository of the Hub: a causal language model of any architecture in Transformers, with a
 byte-level tokenizer, or an image classifier of rezero_hf. None of its code is run. DATA is a source as recipes name it,
-or a recipe; without it, what the model was trained on.
+or a recipe; without it, what the model was trained on, as long as that is still the same here.
 
 Text is measured in one of two ways. Blockwise (default), as training does: blocks of --window tokens side by side, each
 seen alone, so its first token is predicted from the one before it and nothing else. Sliding (--stride below --window):

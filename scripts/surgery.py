@@ -48,7 +48,7 @@ def write(folder: Path, output: Path, model: PreTrainedModel, processor: Process
     # A checkpoint's recipe lies beside its run.
     run_folder = folder.absolute().parents[1] if (folder / MANIFEST).exists() else folder
     metrics, recipe = folder / "metrics.jsonl", run_folder / "recipe.yaml"
-    # Nor is it what lies on the Hub.
+    # It is not the model that lies on the Hub, and a smaller one is not what was measured.
     for word in ("repo_id", *(("results", "evaluations") if "pruning" in facts else ())):
         record.pop(word, None)
     export_folder(
