@@ -8,7 +8,7 @@ LAUNCH ?= --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dyna
 	--num_cpu_threads_per_process $(CORES)
 READY := .venv/.ready
 
-.PHONY: pretrain test torture reproduce lint format clean
+.PHONY: pretrain test torture reproduce benchmark lint format clean
 
 pretrain: $(READY)  ## train the quickstart model on this machine
 	$(BIN)/accelerate launch $(LAUNCH) scripts/pretrain.py scripts/recipes/quickstart.yaml $(ARGS)
@@ -21,6 +21,9 @@ torture: $(READY)  ## kill runs at random, resume them, compare them bit for bit
 
 reproduce:  ## the paper's tables and figures: what each claims, its command and its cost
 	@grep -h -E '^# (Claim|Command|Cost)' $$(grep -l '^study:' scripts/recipes/*.yaml) | sed 's/^# //; s/^Claim/\nClaim/'
+
+benchmark: .venv/.benchmark  ## speed and memory beside other libraries; half an hour
+	$(BIN)/python scripts/benchmark.py $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -36,6 +39,10 @@ $(READY): constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $(READY)
+
+.venv/.benchmark: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[benchmark]'
+	touch $@
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache
