@@ -69,7 +69,7 @@ class Arm:
     words: str
     build: Callable[[Sizes, int], nn.Module]
     imports: str
-    package: str = "transformers"
+    package: str = "rezero_hf"
     measures: tuple[str, ...] = (*TRAINING, *GENERATION, "load", "import")
     compiled: tuple[str, ...] = (*TRAINING, "decode_1", "decode_8")
     peer: bool = False
@@ -224,6 +224,7 @@ ARMS = (
         words="Transformers'; LayerNorm, learned positions",
         build=_gpt2,
         imports="from transformers import GPT2LMHeadModel",
+        package="transformers",
         peer=True,
     ),
     Arm(
@@ -231,6 +232,7 @@ ARMS = (
         words="Transformers'; RMSNorm, rotary positions, gated feed-forward net, no biases",
         build=_llama,
         imports="from transformers import LlamaForCausalLM",
+        package="transformers",
         peer=True,
     ),
     Arm(
@@ -238,6 +240,7 @@ ARMS = (
         words="Transformers'; LayerNorm, rotary positions, attention beside the feed-forward net",
         build=_gpt_neox,
         imports="from transformers import GPTNeoXForCausalLM",
+        package="transformers",
         peer=True,
     ),
     XTransformersArm(

@@ -5,7 +5,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -55,17 +55,18 @@ class Case:
 
     @cached_property
     def folder(self) -> tempfile.TemporaryDirectory:
-        set_seed(0)
-        folder = tempfile.TemporaryDirectory()
-        self.arm.build(self.sizes, self.sizes.generation_layers).save_pretrained(folder.name)
-        return folder
+        """Where the writer was saved, if its library does that."""
+        return tempfile.TemporaryDirectory()
 
     @cached_property
     def writer(self) -> nn.Module:
-        model = self.arm.build(self.sizes, self.sizes.generation_layers)
+        set_seed(0)
+        model = self.arm.build(self.sizes, self.sizes.generation_layers).to(self.device).eval()
+        if not isinstance(model, PreTrainedModel):
+            return model.to(self.mode.dtype)
         # Loaded as a user loads it: what stays fp32 in a 16-bit model, stays so here.
-        model = self._load(type(model)) if isinstance(model, PreTrainedModel) else model.to(self.mode.dtype)
-        return model.to(self.device).eval()
+        model.save_pretrained(self.folder.name)
+        return self._load(type(model)).to(self.device)
 
     def _load(self, kind: type[PreTrainedModel]) -> PreTrainedModel:
         return kind.from_pretrained(self.folder.name, dtype=self.mode.dtype)
@@ -114,9 +115,9 @@ class Case:
         writer, ids = self.writer, self._ids(1, self.sizes.context)
         return self.seconds(lambda: self.arm.prefill(writer, ids))
 
-    def first_token(self, sequences: int = 1) -> float:
+    def first_token(self) -> float:
         """`generate` for one token."""
-        return self._generate(sequences, 1)
+        return self._generate(1, 1)
 
     def decode(self, sequences: int) -> float:
         """The tokens after the first: two calls of `generate`, the longer less the shorter."""
@@ -149,8 +150,10 @@ class Case:
         weights = [weight.to(self.mode.dtype) for weight in matrices(self.learner[0])]
         rows = self.sizes.batch * self.sizes.context
 
+        inputs = self._vectors(weights, rows)
+
         def products():
-            for weight, x, y in self._vectors(weights, rows):
+            for weight, x, y in inputs:
                 torch.mm(x, weight.T), torch.mm(y, weight), torch.mm(y.T, x)
 
         flops = 6 * rows * sum(weight.numel() for weight in weights)
@@ -170,16 +173,14 @@ class Case:
         return self._products(weights, sequences, PASSES) * self.sizes.new_tokens / PASSES
 
     def _products(self, weights: list[torch.Tensor], rows: int, passes: int = 1) -> float:
-        inputs = list(self._vectors(weights, rows))
+        inputs = self._vectors(weights, rows)
         return self.seconds(lambda: [linear(x, weight) for _ in range(passes) for weight, x, _ in inputs])
 
-    def _vectors(
-        self, weights: list[torch.Tensor], rows: int
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    def _vectors(self, weights: list[torch.Tensor], rows: int) -> list[tuple[torch.Tensor, ...]]:
         """Every matrix (out, in) with inputs (rows, in) and outputs (rows, out)."""
-        made = {width: torch.randn(rows, width, device=self.device).to(self.mode.dtype)
-                for weight in weights for width in weight.shape}  # fmt: skip
-        return ((weight, made[weight.shape[1]], made[weight.shape[0]]) for weight in weights)
+        widths = {width for weight in weights for width in weight.shape}
+        made = {width: torch.randn(rows, width, device=self.device, dtype=self.mode.dtype) for width in widths}
+        return [(weight, made[weight.shape[1]], made[weight.shape[0]]) for weight in weights]
 
     @torch.no_grad()
     def decode_bandwidth(self) -> float:

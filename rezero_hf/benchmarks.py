@@ -27,7 +27,7 @@ class Measure:
         tokens: of a repeat; None where the cost itself is told.
         limits: name -> what the same work costs at best.
         flops: of a repeat, for MFU.
-        share: of a benchmark's time, in seconds of its default.
+        share: of an arm's time, relative to the other measures'.
         once: the same every time, so one repeat says it.
         every_mode: else it is taken in fp32 alone.
     """
@@ -44,14 +44,16 @@ class Measure:
 
 
 def _decoding(sequences: int, share: float) -> Measure:
-    limits = {"products alone": partial(Case.decode_products, sequences=sequences), "bandwidth": Case.decode_bandwidth}
     return Measure(
         f"decode, batch {sequences}",
         "tokens/s",
         partial(Case.decode, sequences=sequences),
         share,
-        lambda sizes: sequences * sizes.new_tokens,
-        limits,
+        tokens=lambda sizes: sequences * sizes.new_tokens,
+        limits={
+            "products alone": partial(Case.decode_products, sequences=sequences),
+            "bandwidth": Case.decode_bandwidth,
+        },
     )
 
 
@@ -60,26 +62,26 @@ MEASURES = {
         "training",
         "tokens/s",
         Case.train,
-        20,
-        lambda sizes: sizes.batch * sizes.context,
-        {"matrix products": Case.training_products},
-        Case.training_flops,
+        share=20,
+        tokens=lambda sizes: sizes.batch * sizes.context,
+        limits={"matrix products": Case.training_products},
+        flops=Case.training_flops,
     ),
-    "memory": Measure("peak memory of a step", "MB", Case.memory, 0, once=True),
+    "memory": Measure("peak memory of a step", "MB", Case.memory, share=0, once=True),
     "prefill": Measure(
         "prefill",
         "tokens/s",
         Case.prefill,
-        5,
-        lambda sizes: sizes.context,
-        {"matrix products": Case.prefill_products},
-        Case.prefill_flops,
+        share=5,
+        tokens=lambda sizes: sizes.context,
+        limits={"matrix products": Case.prefill_products},
+        flops=Case.prefill_flops,
     ),
-    "decode_1": _decoding(1, 18),
-    "decode_8": _decoding(8, 24),
-    "first_token": Measure("time to first token", "ms", Case.first_token, 3),
-    "load": Measure("load time", "ms", Case.load, 3, every_mode=False),
-    "import": Measure("import time", "ms", Case.imports, 15, every_mode=False),
+    "decode_1": _decoding(1, share=18),
+    "decode_8": _decoding(8, share=24),
+    "first_token": Measure("time to first token", "ms", Case.first_token, share=3),
+    "load": Measure("load time", "ms", Case.load, share=3, every_mode=False),
+    "import": Measure("import time", "ms", Case.imports, share=15, every_mode=False),
 }
 
 
@@ -114,8 +116,8 @@ def compare(
         measure, ours = MEASURES[name], cases[mode]["arm"]
         steps = {who: partial(measure.cost, case) for who, case in cases[mode].items()}
         steps |= {limit: partial(cost, ours) for limit, cost in measure.limits.items()}
-        share = seconds * measure.share / max(whole, 1)
-        costs = by_turns(steps, share, least=1 if measure.once else least, most=1 if measure.once else 25)
+        turns = {"least": 1, "most": 1} if measure.once else {"least": least}
+        costs = by_turns(steps, seconds * measure.share / max(whole, 1), **turns)
         costs = {who: [round(cost, 7) for cost in each] for who, each in costs.items()}
         row = {"arm": arm.name, "measure": name, "mode": mode.name}
         row["limits"] = {limit: costs.pop(limit) for limit in measure.limits}

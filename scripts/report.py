@@ -36,18 +36,18 @@ def main(
     results = CARDS / "results"
     results.mkdir(parents=True, exist_ok=True)
     for folder in runs or ():
-        result = (folder / "result.json").exists()
-        record = collect_result(folder) if result else collect(folder)
-        name = result_name(record) if result else f"{record['name']}-seed{record['seed']}"
-        text = json.dumps(record, indent=None if result else 1)
+        whole = (folder / "result.json").exists()
+        record = collect_result(folder) if whole else collect(folder)
+        name = result_name(record) if whole else f"{record['name']}-seed{record['seed']}"
+        text = json.dumps(record, indent=None if whole else 1)
         (results / f"{name}.json").write_text(text + "\n", encoding="utf-8")
         # The card and its pictures keep their places relative to each other.
-        card, source = CARDS / name, folder if result else folder / "model"
+        card, source = CARDS / name, folder if whole else folder / "model"
         shutil.rmtree(card, ignore_errors=True)
         card.mkdir()
         if (source / "figures").exists():
             shutil.copytree(source / "figures", card / "figures")
-        if not result:
+        if not whole:
             shutil.copyfile(source / "README.md", card / "README.md")
         print(f"{folder} -> {results / name}.json, {card}")
     records, studies, benchmarks = committed(results)
