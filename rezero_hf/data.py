@@ -9,6 +9,7 @@ Training reads blocks by number. Which block the i-th one is follows from the se
 run, a run on more machines and an uninterrupted one see the same text in the same order.
 """
 
+import copy
 import hashlib
 import itertools
 import json
@@ -255,6 +256,7 @@ class TrainBlocks(Dataset):
 
     def __init__(self, prepared: PreparedData, seed: int, num_blocks: int) -> None:
         self._block_size, self._seed, self._num_blocks = prepared.config.block_size, seed, num_blocks
+        self._first = 0
         weights = [source.weight for source in prepared.config.sources]
         self._streams = [prepared.stream("train", number) for number in range(len(weights))]
         self._pattern = mixture_pattern(weights)
@@ -268,12 +270,18 @@ class TrainBlocks(Dataset):
         tokens = torch.from_numpy(self._streams[source].read(start - 1, start + self._block_size))
         return {"input_ids": tokens[:-1], "labels": tokens[:-1].clone(), "shift_labels": tokens[1:].clone()}
 
+    def after(self, blocks: int) -> "TrainBlocks":
+        """As many blocks, but those that come after so many: for a run that goes on where another one ended."""
+        later = copy.copy(self)
+        later._first = self._first + blocks
+        return later
+
     def locate(self, index: int) -> tuple[int, int]:
         """The source and the number of its block that stand at a global block number."""
         if not 0 <= index < self._num_blocks:
             raise IndexError(f"block {index} of {self._num_blocks}")
         slots, ranks, counts = self._pattern
-        period, slot = divmod(index, MIXTURE_PERIOD)
+        period, slot = divmod(self._first + index, MIXTURE_PERIOD)
         source = int(slots[slot])
         blocks = len(self._streams[source]) // self._block_size
         epoch, position = divmod(period * int(counts[source]) + int(ranks[slot]), blocks)

@@ -6,12 +6,14 @@ A run that diverges is a result, not an error. A run that was finished is not re
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedConfig, PreTrainedModel, set_seed
+from transformers.trainer_utils import SaveStrategy
 
 from .arguments import ReZeroTrainingArguments, sequences_per_step
 from .checkpoints import newest_complete
@@ -22,9 +24,10 @@ from .errors import UserError
 from .flops import flops_per_image, flops_per_token
 from .image_data import EvalImages, TrainImages, accuracy_metrics, prepare_images
 from .models import ReZeroForCausalLM, ReZeroMLPForImageClassification, ReZeroResNetForImageClassification
-from .optim import gates
+from .optim import OptimizerName, gates
 from .recipe import Recipe, changed_words
 from .runs import now, provenance, read_metrics
+from .starting import Beginning, InitFrom, begin
 from .tokenization import load_tokenizer, token_byte_lengths
 from .training import ReZeroTrainer, steps_over, training_steps
 from .watch import NotFiniteError
@@ -37,7 +40,9 @@ MODELS = {
     "rezero_mlp": ReZeroMLPForImageClassification,
 }
 # What of an evaluation's row is kept: the gates are kept once, and what was measured on is the same every time.
-CURVE = ("step", "training_seconds", "loss", "bits_per_byte", "accuracy")
+CURVE = ("loss", "bits_per_byte", "accuracy")
+# What a run that begins with random weights counts on from.
+NOTHING = {"steps": 0, "rows": 0, "flops": 0, "training_seconds": 0.0, "curve": []}
 # What a heat map can still show, and a committed file hold.
 MOST_GATES = 512
 # Rows of the training data that signals are sent through: enough for a steady mean, few enough for their Jacobians.
@@ -62,7 +67,14 @@ class Setting(NamedTuple):
     data: dict[str, Any]
 
 
-def run_experiment(recipe: Recipe, folder: str | Path, signal: bool = False, gates_off: bool = False) -> dict[str, Any]:
+def run_experiment(
+    recipe: Recipe,
+    folder: str | Path,
+    signal: bool = False,
+    gates_off: bool = False,
+    first: Recipe | None = None,
+    keep: bool = False,
+) -> dict[str, Any]:
     """Train one model and measure it.
 
     Args:
@@ -73,12 +85,18 @@ def run_experiment(recipe: Recipe, folder: str | Path, signal: bool = False, gat
         signal: also record how signals and gradients travel through the net, at the start and at the end
             (`diagnostics.signal_record`).
         gates_off: also measure the trained model with every alpha at 0, on validation data.
+        first: a run to make before, in the folder `FOLDER,first`. This one begins with its model, its optimiser's state
+            and the data after its own, whatever `recipe.init_from.path` says, and steps, FLOP, seconds and curve count
+            on from it. If it diverges, its record is this one's.
+        keep: have a checkpoint of the last step, and leave it there: another run begins from it. A finished run without
+            one is repeated.
 
     Returns:
-        `recipe` (resolved, YAML), `data`, `seed`, provenance, `parameters`, `steps`, `flops`, `training_seconds`
-        (evaluations excluded), `threads`, `peak_memory_bytes` (on a CPU of the process, so of the largest run in it),
-        `curve` (rows of what evaluations measured), `results` by split, `alpha` (every gate at every evaluation, for
-        nets of up to 512), `diverged` (None, or why the run ended early), and `signal` and `gates_off` if asked for.
+        `recipe` (resolved, YAML), `data`, `seed`, provenance, `parameters`, `steps`, `rows` (of the data that were
+        trained on), `flops`, `training_seconds` (evaluations excluded), `threads`, `peak_memory_bytes` (on a CPU of the
+        process, so of the largest run in it), `curve` (rows of what evaluations measured), `results` by split, `alpha`
+        (every gate at every evaluation, for nets of up to 512), `diverged` (None, or why the run ended early), and
+        `signal` and `gates_off` if asked for.
 
     Raises:
         UserError: the recipe cannot be run, a finished run there has another, or the process was told to stop.
@@ -87,18 +105,33 @@ def run_experiment(recipe: Recipe, folder: str | Path, signal: bool = False, gat
     args = recipe.training_arguments(folder / "checkpoints")
     setting = set_up(recipe, args)
     resolved = recipe.resolved(setting.config)
-    known = _finished(folder, resolved, {"signal": signal, "gates_off": gates_off})
+    known = _finished(folder, resolved, {"signal": signal, "gates_off": gates_off}, keep)
+    resumes = known is None and _is_interrupted(folder, resolved)
+    before, init_from = NOTHING, recipe.init_from
+    if first is not None:
+        place = folder.with_name(f"{folder.name},first")
+        # Looked at in any case: another first run would make this one another, too.
+        before = run_experiment(first, place, keep=known is None and not resumes)
+        if before["diverged"] is not None:
+            return before
+        init_from = replace(init_from, path=str(newest_complete(place / "checkpoints")[0]))
+        setting.words["train_dataset"] = setting.words["train_dataset"].after(before["rows"])
     if known is not None:
         return known
     record = provenance(args.device)
-    resumes = _is_interrupted(folder, resolved)
     if not resumes:
         shutil.rmtree(folder, ignore_errors=True)
         write_whole(folder / "recipe.yaml", resolved)
+    if keep:
+        args.save_strategy, args.save_only_model = SaveStrategy.STEPS, False
 
     set_seed(args.seed)
-    model, diverged = MODELS[recipe.model_type](setting.config), None
-    trainer = ReZeroTrainer(model, args, run_dir=folder, **setting.words)
+    # A run that goes on has its own weights, and may outlive those it began with.
+    begins = _begin(InitFrom() if resumes else init_from, recipe, setting.config, args.optimizer)
+    model, diverged = begins.model, None
+    trainer = ReZeroTrainer(model, args, run_dir=folder, optimizer_state=begins.optimizer_state, **setting.words)
+    # The optimiser alone is to hold its state from here on.
+    del begins
     probe = trainer.data_collator([trainer.train_dataset[row] for row in range(SIGNAL_ROWS)])
     signals = {"start": signal_record(model, probe)} if signal else {}
     try:
@@ -110,22 +143,15 @@ def run_experiment(recipe: Recipe, folder: str | Path, signal: bool = False, gat
         raise UserError(f"{folder}: told to stop at step {trainer.state.global_step}; the same command goes on.")
     if signal and diverged is None:
         signals["end"] = signal_record(model, probe)
-    evaluations = [row for row in read_metrics(trainer.log_file) if row["event"] == "eval"]
     record |= {
         "finished": now(),
         "recipe": resolved,
         "seed": args.seed,
         "data": setting.data,
         "parameters": model.num_parameters(),
-        "steps": trainer.state.global_step,
-        "flops": trainer.state.global_step * sequences_per_step(args) * setting.flops(model),
-        "training_seconds": seconds,
+        **_course(trainer, seconds, setting.flops(model), before),
         "threads": torch.get_num_threads(),
         "peak_memory_bytes": trainer.throughput.peak_memory(),
-        "curve": [_only(row, CURVE) for row in evaluations],
-        "alpha": [
-            {"step": row["step"], "alpha": row["alpha"]} for row in evaluations if len(row["alpha"]) <= MOST_GATES
-        ],
         "results": {} if diverged else {split: trainer.measure(rows) for split, rows in setting.held_out.items()},
         "diverged": diverged,
     }
@@ -136,8 +162,45 @@ def run_experiment(recipe: Recipe, folder: str | Path, signal: bool = False, gat
             alpha.data.zero_()
         record["gates_off"] = {} if diverged else trainer.measure(setting.held_out["validation"])
     write_whole(folder / RECORD, json.dumps(record) + "\n")
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    if not keep:
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    if first is not None:
+        shutil.rmtree(place / "checkpoints", ignore_errors=True)
     return record
+
+
+def _begin(init_from: InitFrom, recipe: Recipe, config: PreTrainedConfig, optimizer: OptimizerName) -> Beginning:
+    """The model of any family, new, or a language model that is there."""
+    if init_from.path is None:
+        return Beginning(MODELS[recipe.model_type](config))
+    return begin(init_from, config, optimizer, load_tokenizer(recipe.data.tokenizer))
+
+
+def _course(trainer: ReZeroTrainer, seconds: float, flops: int, before: dict[str, Any]) -> dict[str, Any]:
+    """What a run went through and what that took, counted on from the one before it.
+
+    Args:
+        trainer: has trained.
+        seconds: of that.
+        flops: for one row of the data.
+        before: that record, or `NOTHING`.
+    """
+
+    def at(step: int, seconds: float) -> dict[str, float]:
+        rows = step * sequences_per_step(trainer.args)
+        own = {"steps": step, "rows": rows, "flops": rows * flops, "training_seconds": seconds}
+        return {name: before[name] + value for name, value in own.items()}
+
+    curve, alpha = list(before["curve"]), []
+    for row in read_metrics(trainer.log_file):
+        if row["event"] != "eval":
+            continue
+        then = at(row["step"], row["training_seconds"])
+        shown = {"step": then["steps"], "training_seconds": then["training_seconds"], "flops": then["flops"]}
+        curve.append(shown | {name: row[name] for name in CURVE if name in row})
+        if len(row["alpha"]) <= MOST_GATES:
+            alpha.append({"step": then["steps"], "alpha": row["alpha"]})
+    return {**at(trainer.state.global_step, seconds), "curve": curve, "alpha": alpha}
 
 
 def set_up(recipe: Recipe, args: ReZeroTrainingArguments) -> Setting:
@@ -149,8 +212,8 @@ def set_up(recipe: Recipe, args: ReZeroTrainingArguments) -> Setting:
     return _text(recipe, args) if recipe.model_type == "rezero" else _images(recipe, args)
 
 
-def _finished(folder: Path, resolved: str, asked: dict[str, bool]) -> dict[str, Any] | None:
-    """The record of a finished run, if it has what is asked for.
+def _finished(folder: Path, resolved: str, asked: dict[str, bool], keep: bool) -> dict[str, Any] | None:
+    """The record of a finished run, if it has what is asked for, and a checkpoint to begin from if that is.
 
     Raises:
         UserError: it is of another recipe, and hours of work.
@@ -166,11 +229,8 @@ def _finished(folder: Path, resolved: str, asked: dict[str, bool]) -> dict[str, 
             f"{folder} holds a finished run with other words ({'; '.join(changed)[:300]}): choose another --output, or "
             "delete it."
         )
-    return known if all(name in known for name, wanted in asked.items() if wanted) else None
-
-
-def _only(row: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    return {name: row[name] for name in names if name in row}
+    whole = not keep or known["diverged"] is not None or newest_complete(folder / "checkpoints")[0] is not None
+    return known if whole and all(name in known for name, wanted in asked.items() if wanted) else None
 
 
 def _is_interrupted(folder: Path, resolved: str) -> bool:

@@ -187,7 +187,7 @@ def load_recipe(
     """
     path = Path(path)
     document = read_yaml(path)
-    study = document.pop("study", None)
+    document.pop("study", None)
     name = document.pop("name", path.stem)
     check_names(document, (*SECTIONS, *SIZES), f"{path}: section")
     for section in (*SECTIONS, *SIZES):
@@ -224,8 +224,8 @@ def load_recipe(
     if init_from != InitFrom():
         if init_from.path is None:
             raise RecipeError(f"{path}: init_from.grow_to={init_from.grow_to} needs init_from.path, what is to grow.")
-        if study is not None or model_type != "rezero":
-            raise RecipeError(f"{path}: init_from is for single runs of language models (scripts/pretrain.py).")
+        if model_type != "rezero":
+            raise RecipeError(f"{path}: init_from is for language models.")
         if init_from.grow_to is not None:
             model["num_hidden_layers"] = init_from.grow_to
     if not name_is_plain(name):

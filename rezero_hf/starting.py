@@ -5,7 +5,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from accelerate.utils.constants import FSDP_MODEL_NAME
@@ -48,12 +48,14 @@ class InitFrom:
             FSDP: a checkpoint written under it gives weights alone (one of `SHARDED_STATE_DICT` must become an export
             first, by `scripts/export.py`), and a run under it refuses a checkpoint with such a state. Schedule, steps
             and the order of the data begin anew. None (default): random weights.
-        grow_to: grow it to so many layers first (`surgery.grow_depth`, the new ones at the end), and train those:
-            `model.num_hidden_layers` then follows. None (default): as many as it has.
+        grow_to: grow it to so many layers first (`surgery.grow_depth`), and train those: `model.num_hidden_layers` then
+            follows. None (default): as many as it has.
+        where: the new layers go: to the `end` (default), or `interleaved` with the old ones.
     """
 
     path: str | None = None
     grow_to: int | None = None
+    where: Literal["end", "interleaved"] = "end"
 
 
 class Beginning(NamedTuple):
@@ -123,7 +125,7 @@ def begin(
     model = load_whole(name, ReZeroForCausalLM, called, config=start, dtype=torch.float, **where)
     grown, names = model, {name: name for name in model.state_dict()}
     if config.num_hidden_layers != found.num_hidden_layers:
-        grown, names = grow_depth(model, config.num_hidden_layers)
+        grown, names = grow_depth(model, config.num_hidden_layers, init_from.where)
     state = None
     if remembers:
         saved = torch.load(folder / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
@@ -135,7 +137,7 @@ def begin(
     kept = "with the optimiser's state" if state is not None else "weights alone"
     depth = f"{found.num_hidden_layers} layers"
     if grown is not model:
-        depth += f", grown to {config.num_hidden_layers}"
+        depth += f", grown to {config.num_hidden_layers} ({init_from.where})"
     return Beginning(grown.train(), state, f"begins from {init_from.path}: {depth}, {kept}")
 
 

@@ -40,12 +40,17 @@ class Row:
         label: what the table calls it.
         set: dotted overrides that make it, `section.key` -> value. A word that is set is not tuned.
         search: words tuned for this row alone, besides the study's: `section.key` -> values to try.
+        first: what makes a run before it of the recipe, as `set` makes the row: `section.key` -> value. It is tuned to
+            the same words and has the same seed; the row goes on with its model, its optimiser's state and its data
+            (`init_from.path` is filled in, `init_from.grow_to` may be set), and its cost is the row's. Empty (default):
+            the row begins with random weights.
         reported: the paper's number or word for it, as text; quoted as reported, not checked.
     """
 
     label: str
     set: dict[str, Any] = field(default_factory=dict)
     search: dict[str, list[Any]] = field(default_factory=dict)
+    first: dict[str, Any] = field(default_factory=dict)
     reported: str | None = None
 
 
@@ -90,13 +95,22 @@ class Study:
         """Every row at every value of `across`, in the table's order."""
         return [Cell(name, row, at) for at in _product(self.across) for name, row in self.rows.items()]
 
+    def words(self) -> set[str]:
+        """All that rows differ in or are tuned over."""
+        said = (words for row in self.rows.values() for words in (row.set, row.search, row.first))
+        return {*self.across, *self.search, *itertools.chain(*said)}
+
     def smallest(self) -> "Study":
         """The same rows with as little of everything as still goes through every step: for smoke tests."""
         few = {key: values[:2] for key, values in self.search.items()}
-        rows = {
-            name: Row(row.label, row.set, {key: values[:1] for key, values in row.search.items()}, row.reported)
-            for name, row in self.rows.items()
-        }
+
+        def small(row: Row) -> Row:
+            search = {key: values[:1] for key, values in row.search.items()}
+            # How long is for the recipe's `smoke` to say.
+            words = [{k: v for k, v in some.items() if k != "training.max_steps"} for some in (row.set, row.first)]
+            return replace(row, set=words[0], first=words[1], search=search)
+
+        rows = {name: small(row) for name, row in self.rows.items()}
         across = {key: values[:1] for key, values in self.across.items()}
         return replace(self, rows=rows, search=few, across=across, extend=0, seeds=self.seeds[:1])
 
@@ -122,7 +136,12 @@ class Cell:
 
     def overrides(self, setting: dict[str, Any]) -> list[str]:
         """What `load_recipe` needs to make this cell of a recipe, tuned to `setting`."""
-        return _overrides({**self.at, **self.spec.set, **setting})
+        begins = {"init_from.path": "first"} if self.spec.first else {}
+        return _overrides({**self.at, **begins, **self.spec.set, **setting})
+
+    def first(self, setting: dict[str, Any]) -> list[str] | None:
+        """The same of the run before it; None without one."""
+        return _overrides({**self.at, **self.spec.first, **setting}) if self.spec.first else None
 
 
 def load_study(path: str | Path, size: str = "cpu") -> Study:
@@ -150,12 +169,14 @@ def load_study(path: str | Path, size: str = "cpu") -> Study:
         check_names([study.baseline], study.rows, f"{path}: study.baseline")
     if len(study.across) > 1:
         raise RecipeError(f"{path}: study.across has {len(study.across)} keys; a table has one.")
-    searched = [study.across, study.search, *(row.set for row in rows.values()), *(row.search for row in rows.values())]
-    for key in itertools.chain(*searched):
+    if study.baseline is not None and any(row.first for row in rows.values()):
+        raise RecipeError(f"{path}: study.baseline compares steps, and those of a row with `first` are of two kinds.")
+    for key in study.words():
         check_names([key.partition(".")[0]], SECTIONS, f"{path}: study: {key!r}: section")
     # A typo in a row shows before the first hour of training.
     for cell in study.cells():
-        load_recipe(path, cell.overrides({}))
+        for overrides in (cell.overrides({}), cell.first({})):
+            load_recipe(path, overrides or ())
     return study
 
 
@@ -192,8 +213,7 @@ def run_study(
     cells = [cell for cell in study.cells() if only in (None, cell.row)]
     threads = max(1, torch.get_num_threads() // jobs)
     words = {"size": size, "signal": study.signal, "gates_off": study.gates_off}
-    ours = {"training.seed", *study.across, *study.search}
-    ours |= {key for row in study.rows.values() for key in (*row.set, *row.search)}
+    ours = {"training.seed", *study.words()}
     for text in overrides:
         if (key := text.partition("=")[0].strip()) in ours:
             raise RecipeError(f"override {text!r}: {key} is what the study varies; change it in {path}.")
@@ -207,7 +227,8 @@ def run_study(
         def start(cell: Cell, setting: dict[str, Any], seed: int) -> Future:
             named = {**setting, "training.seed": seed}
             place = Path(folder) / cell.name / ",".join(f"{short(key)}={value}" for key, value in named.items())
-            return pool.submit(_run, str(path), [*cell.overrides(named), *overrides], str(place), **words)
+            both = [said and [*said, *overrides] for said in (cell.overrides(named), cell.first(named))]
+            return pool.submit(_run, str(path), *both, str(place), **words)
 
         tuned = {tuners.submit(tune, study, cell, partial(start, cell), tell): cell.name for cell in cells}
         try:
@@ -312,11 +333,15 @@ def _start_worker(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def _run(path: str, overrides: list[str], folder: str, size: str, **measures: bool) -> dict[str, Any]:
-    """One run, in a process of the pool."""
-    recipe = load_recipe(path, overrides, smoke=size == "smoke", full=size == "full")
+def _run(
+    path: str, overrides: list[str], before: list[str] | None, folder: str, size: str, **measures: bool
+) -> dict[str, Any]:
+    """One run, with the one before it, in a process of the pool."""
+    recipe, first = (
+        said and load_recipe(path, said, smoke=size == "smoke", full=size == "full") for said in (overrides, before)
+    )
     try:
-        return run_experiment(recipe, folder, **measures)
+        return run_experiment(recipe, folder, first=first, **measures)
     finally:
         # Told to stop by its parent's death, a run saves first; after that nobody has anything for this process to do.
         if not parent_process().is_alive():

@@ -67,8 +67,12 @@ def draw(result: dict[str, Any], folder: str | Path) -> list[Path]:
 
 
 def curves(rows: list[dict[str, Any]], metric: str, path: str | Path) -> Path:
-    """Mean over seeds and the range of the seeds, against steps and against seconds of training."""
+    """Mean over seeds and the range of the seeds, against steps and against seconds of training.
+
+    Where rows begin with another run's model, steps are of several kinds, and FLOP takes their place.
+    """
     figure, axes = new_figure(4.8, 2, sharex=False)
+    spent = "flops" if any(row.get("first") for row in rows) else "step"
     shown: list[float] = []
     for number, row in enumerate(rows):
         look = _line(number)
@@ -76,7 +80,7 @@ def curves(rows: list[dict[str, Any]], metric: str, path: str | Path) -> Path:
         if not runs:
             axes[0].plot([], [], **look, label=f"{row['label']} (diverged)")
             continue
-        for ax, key in zip(axes, ("step", "training_seconds"), strict=True):
+        for ax, key in zip(axes, (spent, "training_seconds"), strict=True):
             length = min(map(len, runs))
             at = [fmean(points[place][key] for points in runs) for place in range(length)]
             if key == "training_seconds" and row["step_seconds"]:
@@ -88,10 +92,10 @@ def curves(rows: list[dict[str, Any]], metric: str, path: str | Path) -> Path:
     if rows[0]["target"] is not None:
         for ax in axes:
             ax.axhline(rows[0]["target"], color="black", linewidth=0.8, linestyle=":")
-    for ax, label in zip(axes, ("step", "seconds of training"), strict=True):
+    for ax, label in zip(axes, ("FLOP" if spent == "flops" else "step", "seconds of training"), strict=True):
         ax.set_xlabel(label)
         ax.xaxis.set_major_locator(whole_ticks(5))
-        ax.xaxis.set_major_formatter("{x:,.0f}")
+        ax.xaxis.set_major_formatter("{x:.3g}" if label == "FLOP" else "{x:,.0f}")
         ax.grid(axis="y", color="#DDDDDD", linewidth=0.8)
     if shown and METRICS[metric]:
         # A row that goes nowhere would flatten all others.

@@ -107,6 +107,7 @@ def _row(study: Study, cell: Cell, runs: list[dict[str, Any]]) -> dict[str, Any]
         "reported": cell.spec.reported,
         "at": cell.at,
         "set": cell.spec.set,
+        "first": cell.spec.first,
         "chosen": best,
         "inside": inside,
         "tried": tried,

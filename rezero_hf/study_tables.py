@@ -17,7 +17,7 @@ Mean and standard deviation over seeds, on validation data unless said otherwise
 cores that other runs may have shared. What the paper or its authors' notebooks report is quoted and was not checked
 against the paper; it is of another size, so only the order of rows compares.
 
-{tuning}
+{tuning}{grown}
 
 {table}
 
@@ -32,6 +32,7 @@ TIMED = (
     "Milliseconds a step are medians, all rows by turns in one process (on a CPU, one thread); seconds to a target are "
     "its steps times that, and ≤ marks a target that was passed before the first evaluation.\n"
 )
+GROWN = " FLOP and seconds of a row that began with another run's model include that run's."
 NOT_TUNED = "Rows were not tuned and have the same words but for what they are: this is not about where they end."
 NUMBER = re.compile(r"(\d+)")
 UNITS = {"bits_per_byte": "bits per byte", "loss": "nats", "accuracy": "accuracy"}
@@ -108,6 +109,7 @@ def study_card(result: dict[str, Any], figures: Iterable[str]) -> str:
     return CARD.format(
         tuning=tuning,
         timed=TIMED if timed else "",
+        grown=GROWN if any(row.get("first") for row in result["rows"]) else "",
         item=result["item"],
         table=study_table(result),
         pictures=pictures,

@@ -98,7 +98,8 @@ def grow_depth(
         to: number of layers to have; of a ResNet a list, one number for each stage.
         where: `"end"` (default) puts new layers after the old ones, so that parameters keep their names;
             `"interleaved"` spreads them evenly between, each after an old one; a list names the new layers' numbers in
-            the grown network. Which trains best has not been measured. A ResNet's stages grow at their ends.
+            the grown network. Which trains best has not been measured (`scripts/recipes/grow.yaml`
+            does). A ResNet's stages grow at their ends.
 
     Returns:
         The grown model, in the same precision and on the same device, and the mapping of names.

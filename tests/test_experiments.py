@@ -2,22 +2,32 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+import yaml
 
-from rezero_hf import ReZeroMLPForImageClassification, ReZeroTrainer
+from rezero_hf import ReZeroMLPForImageClassification, ReZeroTrainer, studies
 from rezero_hf.errors import UserError
 from rezero_hf.experiments import MODELS, run_experiment
+from rezero_hf.flops import flops_per_token
 from rezero_hf.recipe import load_language_recipe, load_recipe
 from rezero_hf.step_times import step_times
 from rezero_hf.studies import load_study, run_study
+from rezero_hf.study_figures import draw
+from rezero_hf.study_results import summarise
+from rezero_hf.study_tables import study_card, study_table
+from rezero_hf.tokenization import byte_tokenizer
 
 
 ROOT = Path(__file__).parents[1]
@@ -51,15 +61,16 @@ def data(tmp_path_factory):
 def test_a_row_of_a_committed_study_runs_small(path, cell, data, tmp_path):
     """A few steps with its own words, and with the measurements that its study asks for."""
     study = load_study(path)
-    words = [f"{key}={json.dumps(value)}" for key, value in {**cell.at, **cell.spec.set}.items()]
-    # Depth is for the real thing.
-    words = [word for word in words if not word.startswith("model.num_hidden_layers=")]
     kind = load_recipe(path).model_type
+    # Depth is for the real thing.
     shallow = [] if kind == "rezero_resnet" else ["model.num_hidden_layers=3"]
-    recipe = load_recipe(path, [*words, *shallow, *data[kind], "training.max_steps=2"], smoke=True)
-    run = run_experiment(recipe, tmp_path / "run", signal=study.signal, gates_off=study.gates_off)
+    recipe, first = (
+        None if said is None else load_recipe(path, [*said, *shallow, *data[kind], "training.max_steps=2"], smoke=True)
+        for said in (cell.overrides({}), cell.first({}))
+    )
+    run = run_experiment(recipe, tmp_path / "run", signal=study.signal, gates_off=study.gates_off, first=first)
     assert run["diverged"] is None
-    assert run["curve"][-1]["step"] == 2
+    assert run["curve"][-1]["step"] == (2 if first is None else 4)
     assert study.metric in run["results"]["validation"]
     assert run["results"]["validation"][study.metric] == run["curve"][-1][study.metric] or kind == "rezero"
     assert set(run) >= ({"signal"} if study.signal else set()) | ({"gates_off"} if study.gates_off else set())
@@ -138,6 +149,81 @@ def test_a_run_that_diverges_is_a_result(recipe, tmp_path):
     assert "the step was not applied" in run["diverged"]
     assert run["results"] == run["gates_off"] == {}
     assert run["steps"] < 6
+
+
+@pytest.fixture
+def text_recipe(tmp_path, data):
+    """Overrides -> a tiny language model, trained at a constant rate."""
+    path = tmp_path / "text.yaml"
+    training = yaml.safe_load(TINY)["training"] | {"lr_scheduler_type": "constant", "final_eval_blocks": 8}
+    path.write_text(
+        "model: {hidden_size: 16, num_hidden_layers: 2, num_attention_heads: 2, gate_init: 0.5}\n"
+        f"data: {{block_size: 16}}\ntraining: {json.dumps(training)}\n"
+    )
+    return lambda *more: load_recipe(path, [*data["rezero"], *more])
+
+
+def test_a_row_in_two_parts_ends_as_one_in_one(text_recipe, data, tmp_path, monkeypatch):
+    """Weights, the optimiser's state, data, steps and FLOP go on where the first part ended; curve and table say so."""
+    path = Path(text_recipe().path)
+    rows = {
+        "whole": {"label": "whole"},
+        "parts": {"label": "parts", "first": {"training.max_steps": 4}, "set": {"training.max_steps": 2}},
+    }
+    path.write_text(path.read_text() + f"study: {json.dumps({'item': 'a test', 'seeds': [0], 'rows': rows})}\n")
+    # In this process: another one takes seconds to start.
+    monkeypatch.setattr(studies, "ProcessPoolExecutor", lambda jobs, *_, **__: ThreadPoolExecutor(jobs))
+    monkeypatch.setattr(studies, "parent_process", threading.main_thread)
+    study = load_study(path)
+    runs = run_study(path, study, tmp_path / "runs", overrides=(*data["rezero"], "training.optimizer=muon"))
+    result = summarise("text", "cpu", study, runs)
+    whole, parts = (runs[name][0] for name in rows)
+    read = ("step", "flops", "bits_per_byte")
+    assert len({str([[point[word] for word in read] for point in run["curve"]]) for run in (whole, parts)}) == 1
+    same = ("steps", "rows", "flops", "parameters", "results")
+    assert [parts[word] for word in same] == [whole[word] for word in same]
+    seconds = [point["training_seconds"] for point in parts["curve"]]
+    assert seconds == sorted(seconds)
+    assert len({line.split("|")[5] for line in study_table(result).splitlines()[2:]}) == 1
+    assert "began with another run's model" in study_card(result, [])
+    assert next(path.name for path in draw(result, tmp_path)) == "curves.png"
+
+
+def test_what_another_run_begins_from_is_kept_for_as_long_as_it_is_needed(text_recipe, tmp_path, monkeypatch):
+    """Killed in between, a grown run goes on without repeating the shallow one, unless its checkpoint is gone."""
+    grown = text_recipe("init_from.path=first", "init_from.grow_to=4", "init_from.where=interleaved")
+    shallow, place, kept = text_recipe(), tmp_path / "run", tmp_path / "run,first" / "checkpoints" / "checkpoint-6"
+    trained, train = [], ReZeroTrainer.train
+
+    def stop_deep(trainer, **kwargs):
+        trained.append(trainer.model.config.num_hidden_layers)
+        if stop and trained[-1] == 4:
+            raise KeyboardInterrupt
+        return train(trainer, **kwargs)
+
+    monkeypatch.setattr(ReZeroTrainer, "train", stop_deep)
+    for stop, gone, expected in ((True, False, [2, 4]), (True, False, [4]), (False, True, [2, 4]), (False, False, [])):
+        trained.clear()
+        if gone:
+            shutil.rmtree(kept)
+        with pytest.raises(KeyboardInterrupt) if stop else nullcontext():
+            run = run_experiment(grown, place, first=shallow)
+        assert trained == expected
+        assert (kept / "optimizer.pt").exists() == stop
+    each = [6 * 16 * 16 * flops_per_token(plan.model_config(byte_tokenizer()), 16) for plan in (shallow, grown)]
+    assert run["flops"] == sum(each) and run["curve"][2]["flops"] == each[0]
+    assert [point["step"] for point in run["curve"]] == [2, 4, 6, 8, 10, 12]
+    with pytest.raises(
+        UserError, match=r"run,first holds a finished run with other words \(training\.max_steps: 6 -> 5"
+    ):
+        run_experiment(grown, place, first=text_recipe("training.max_steps=5"))
+
+
+def test_a_study_whose_first_run_diverges_has_that_as_its_result(text_recipe, tmp_path):
+    wild = text_recipe("training.optimizer=sgd", "training.learning_rate=1.0e+30", "training.max_grad_norm=0")
+    grown = text_recipe("init_from.path=first", "init_from.grow_to=4")
+    for _ in range(2):
+        assert "the step was not applied" in run_experiment(grown, tmp_path / "run", first=wild)["diverged"]
 
 
 def test_the_script_tunes_and_draws(recipe, tmp_path):

@@ -499,7 +499,7 @@ def test_an_image_classifier_is_exported_with_its_processor(exported_images, res
     assert files == {
         *("README.md", "config.json", "model.safetensors", "preprocessor_config.json", "recipe.yaml", "run.json"),
         *("metrics.jsonl", "figures/loss.png", "figures/gates.png", "configuration_rezero_resnet.py"),
-        *("modeling_rezero_resnet.py", "initializations.py", "portable.py", "residual.py"),
+        *("modeling_rezero_resnet.py", "gating.py", "initializations.py", "portable.py", "residual.py"),
     }
     assert "use_cache" not in (exported_images / "config.json").read_text()
     assert not hasattr(resnet.config, "use_cache")

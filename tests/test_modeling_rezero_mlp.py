@@ -299,7 +299,7 @@ def test_a_saved_folder_loads_with_and_without_the_package(tmp_path):
     loaded = AutoModelForImageClassification.from_pretrained(folder)
     assert type(loaded) is ReZeroMLPForImageClassification
     assert torch.equal(loaded(images()).logits, logits)
-    sources = {"configuration_rezero_mlp.py", "modeling_rezero_mlp.py", "portable.py", "residual.py"}
+    sources = {"configuration_rezero_mlp.py", "modeling_rezero_mlp.py", "gating.py", "portable.py", "residual.py"}
     assert {file.name for file in folder.glob("*.py")} == sources
     assert json.loads((folder / "config.json").read_text())["auto_map"] == {
         "AutoConfig": "configuration_rezero_mlp.ReZeroMLPConfig",

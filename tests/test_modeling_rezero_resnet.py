@@ -329,7 +329,8 @@ def test_the_pipeline_reads_a_saved_folder(tmp_path):
     assert torch.equal(torch.load(f"{body}.pt"), model.model(torch.ones(1, 3, 8, 8)).pooler_output)
     sources = {file.name for file in folder.glob("*.py")}
     assert sources == {
-        "configuration_rezero_resnet.py", "modeling_rezero_resnet.py", "initializations.py", "portable.py", "residual.py",
+        "configuration_rezero_resnet.py", "modeling_rezero_resnet.py", "gating.py", "initializations.py", "portable.py",
+        "residual.py",
     }  # fmt: skip
     for name in (*sources, "model.safetensors", "preprocessor_config.json"):
         assert (away / name).read_bytes() == (folder / name).read_bytes(), name

@@ -59,7 +59,7 @@ def test_a_run_goes_on_with_the_grown_model_and_the_old_moments(run, config, pre
     """
     old, checkpoint = run
     begins = begin(InitFrom(str(checkpoint), 4), config, "adamw")
-    assert begins.said == f"begins from {checkpoint}: 2 layers, grown to 4, with the optimiser's state"
+    assert begins.said == f"begins from {checkpoint}: 2 layers, grown to 4 (end), with the optimiser's state"
     assert torch.equal(begins.model.eval()(ids).logits, old.model.eval()(ids).logits)
     trainer = grown_trainer(prepared, tmp_path, begins)
     optimizer = trainer.create_optimizer()
@@ -78,6 +78,17 @@ def test_a_run_goes_on_with_the_grown_model_and_the_old_moments(run, config, pre
     counts = {optimizer.state[parameter]["step"].item() for parameter in trainer.model.parameters()}
     assert counts == {2, 6}
     assert all(layer.residual_norm.alpha.item() != 0 for layer in trainer.model.model.layers)
+
+
+def test_new_layers_may_stand_between_the_old_ones(run, config, ids):
+    """The same logits, and each old layer's moments where the layer is now."""
+    old, checkpoint = run
+    begins = begin(InitFrom(str(checkpoint), 4, "interleaved"), config, "adamw")
+    assert torch.equal(begins.model.eval()(ids).logits, old.model.eval()(ids).logits)
+    name = "model.layers.{}.residual_norm.alpha"
+    moment = old.optimizer.state[old.model.get_parameter(name.format(1))]["exp_avg"]
+    assert torch.equal(begins.optimizer_state.parameters[name.format(2)]["exp_avg"], moment)
+    assert name.format(1) not in begins.optimizer_state.parameters
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -116,7 +127,7 @@ def test_a_run_begins_from_a_revision_on_the_hub(run, config, tmp_path, monkeypa
     run[0].model.save_pretrained(repository / "snapshots" / ("0" * 40))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     begins = begin(InitFrom("org/name@v1", 4), config, "adamw", load_tokenizer("bytes"))
-    assert begins.said == "begins from org/name@v1: 2 layers, grown to 4, weights alone"
+    assert begins.said == "begins from org/name@v1: 2 layers, grown to 4 (end), weights alone"
     assert torch.equal(begins.model.eval()(ids).logits, run[0].model.eval()(ids).logits)
     with pytest.raises(UserError, match="org/name@v2: no language model of rezero_hf is there"):
         begin(InitFrom("org/name@v2", 4), config, "adamw")
@@ -226,11 +237,11 @@ def test_the_recipe_says_where_a_run_begins(tmp_path):
         "init_from.grow_to: None -> 24",
         "init_from.path: None -> runs/demo/checkpoints/checkpoint-9",
     ]
-    assert changed_words(text, text) == [] and len(changed_words(text, plain)) == 3
+    assert changed_words(text, text) == [] and len(changed_words(text, plain)) == 4
     for wrong, message in [
         (["init_from.grow_to=3"], "init_from.grow_to=3 needs init_from.path"),
         (["init_from.from=x"], "init_from: key 'from' is unknown"),
-        (["init_from.path=x", "model.model_type=rezero_mlp"], "init_from is for single runs of language models"),
+        (["init_from.path=x", "model.model_type=rezero_mlp"], "init_from is for language models"),
     ]:
         with pytest.raises(RecipeError, match=message):
             load_recipe(recipe, wrong)
@@ -247,7 +258,11 @@ def test_a_grown_run_from_the_command_line(checkpoint, tmp_path, text_file):
     )
     done = launch(recipe, "--output", output.parent)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "2 layers, grown to 4, with the optimiser's state" in done.stdout
+    assert "2 layers, grown to 4 (end), with the optimiser's state" in done.stdout
     assert ReZeroForCausalLM.from_pretrained(output).config.num_hidden_layers == 4
-    assert json.loads((output / "run.json").read_text())["init_from"] == {"path": checkpoint.name, "grow_to": 4}
+    assert json.loads((output / "run.json").read_text())["init_from"] == {
+        "path": checkpoint.name,
+        "grow_to": 4,
+        "where": "end",
+    }
     assert f"trained from the weights of `{checkpoint.name}`" in (output / "README.md").read_text()

@@ -7,16 +7,19 @@ import pytest
 from filelock import FileLock
 
 from rezero_hf.errors import UserError
+from rezero_hf.flops import flops_per_token
 from rezero_hf.recipe import RecipeError, load_recipe
 from rezero_hf.studies import Cell, Row, Study, load_study, run_study, tune
 from rezero_hf.study_figures import draw
 from rezero_hf.study_results import first_at, summarise
 from rezero_hf.study_tables import study_table
+from rezero_hf.tokenization import load_tokenizer
 
 
 ROOT = Path(__file__).parents[1]
 STUDIES = [path for path in sorted((ROOT / "scripts" / "recipes").glob("*.yaml")) if "\nstudy:" in path.read_text()]
 RATE, WARMUP = "training.learning_rate", "training.warmup_steps"
+LENGTH, SCHEDULE = "training.max_steps", "training.lr_scheduler_kwargs"
 
 
 def record(value, seed, diverged=None, seconds=10.0):
@@ -166,16 +169,34 @@ def test_a_target_is_read_between_two_evaluations():
     assert first_at(rising, "accuracy", 0.4) == {"steps": 2.0, "seconds": 1.5}
 
 
+def flops(path, cell):
+    """What a row of a text recipe takes for a sequence of every step, the run before it included."""
+    plans = [load_recipe(path, words) for words in (cell.overrides({}), cell.first({})) if words is not None]
+    of_a_step = [
+        plan.data.block_size
+        * flops_per_token(plan.model_config(load_tokenizer(plan.data.tokenizer)), plan.data.block_size)
+        for plan in plans
+    ]
+    return sum(plan.training["max_steps"] * each for plan, each in zip(plans, of_a_step, strict=True))
+
+
 @pytest.mark.parametrize("recipe", STUDIES, ids=lambda recipe: recipe.stem)
 def test_a_committed_study_is_fair_by_its_words(recipe):
     """Rows differ in what they are, in nothing else: no row sets a rate, a seed, data or a length of its own.
 
-    A rival may be tuned over more words than ReZero is, never over fewer.
+    A rival may be tuned over more words than ReZero is, never over fewer. Rows of several depths in turn may have lengths
+    of their own, if all of them take the same FLOP, and the same schedules.
     """
     study = load_study(recipe)
+    if any(row.first for row in study.rows.values()):
+        spent = [flops(recipe, cell) for cell in study.cells()]
+        assert max(spent) < 1.01 * min(spent), spent
+        assert len({str(row.first.get(SCHEDULE)) for row in study.rows.values()}) == 1
     for name, row in study.rows.items():
         for key in row.set:
-            assert key.startswith(("model.", "training.gate_lr_")) or (key, row.set[key]) == (WARMUP, 0), key
+            fair = ("model.", "training.gate_lr_", *(("init_from.", LENGTH) if row.first else ()))
+            assert key.startswith(fair) or (key, row.set[key]) == (WARMUP, 0), key
+        assert set(row.first) <= {"model.num_hidden_layers", LENGTH, SCHEDULE}
         assert set(row.search) <= {"training.gate_lr_multiplier"} | (set() if name.startswith("rezero") else {RATE})
     for size in ("full", "smoke"):
         if f"\n{size}:" in recipe.read_text():
@@ -192,6 +213,9 @@ def test_a_committed_study_is_fair_by_its_words(recipe):
         ("{item: x, rows: {a: {label: a, set: {model.residul: plain}}}}", "did you mean 'residual'"),
         ("{item: x, rows: {a: {label: a}}, metric: bpb}", "expected one of bits_per_byte, loss, accuracy"),
         ("{item: x, rows: {a: {label: a}}, search: {lr: [1]}}", "'lr': section 'lr' is unknown"),
+        ("{item: x, rows: {a: {label: a, first: {model.depth: 2}}}}", "key 'depth' is unknown"),
+        ("{item: x, rows: {a: {label: a, set: {init_from.grow_to: 4}}}}", "needs init_from.path"),
+        ("{item: x, rows: {a: {label: a, first: {model.num_hidden_layers: 2}}}, baseline: a}", "compares steps"),
     ],
 )
 def test_a_mistake_in_a_study_is_one_line(tmp_path, study, message):

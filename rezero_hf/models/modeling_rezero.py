@@ -30,6 +30,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_rezero import ReZeroConfig
 from .embeddings import ReZeroPositionEmbedding, ReZeroRotaryEmbedding, ReZeroTokenEmbedding, rotate
+from .gating import Branch
 from .portable import PortablePreTrainedModel
 from .residual import NORMS, RESIDUAL_FORMS, Residual
 
@@ -83,8 +84,10 @@ class ReZeroAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
+        project: bool = True,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`project=False` leaves `o_proj` to the caller (`gating.py`)."""
         input_shape = hidden_states.shape[:-1]
         heads_shape = (*input_shape, -1, self.head_dim)
         query = self.q_norm(self.q_proj(hidden_states).view(heads_shape)).transpose(1, 2)
@@ -109,8 +112,8 @@ class ReZeroAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        output = self.o_proj(output.reshape(*input_shape, -1).contiguous())
-        return self.dropout(output), weights
+        output = output.reshape(*input_shape, -1).contiguous()
+        return self.dropout(self.o_proj(output)) if project else output, weights
 
 
 class ReZeroMLP(nn.Module):
@@ -124,8 +127,13 @@ class ReZeroMLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
         self.dropout = nn.Dropout(config.hidden_dropout)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.dropout(self.down_proj(self.dropout(self.act_fn(self.up_proj(hidden_states)))))
+    def forward(self, hidden_states: torch.Tensor, project: bool = True) -> torch.Tensor:
+        """`project=False` leaves `down_proj` to the caller (`gating.py`)."""
+        activated = self.dropout(self.activated(hidden_states))
+        return self.dropout(self.down_proj(activated)) if project else activated
+
+    def activated(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act_fn(self.up_proj(x))
 
 
 class ReZeroGatedMLP(ReZeroMLP):
@@ -135,9 +143,8 @@ class ReZeroGatedMLP(ReZeroMLP):
         super().__init__(config)
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        activated = self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
-        return self.dropout(self.down_proj(self.dropout(activated)))
+    def activated(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act_fn(self.gate_proj(x)) * self.up_proj(x)
 
 
 def residual_of(config: ReZeroConfig) -> Residual:
@@ -170,19 +177,18 @@ class ReZeroDecoderLayer(GradientCheckpointingLayer):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        def attention(x: torch.Tensor) -> torch.Tensor:
-            return self.self_attn(
-                x,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                position_embeddings=position_embeddings,
-                **kwargs,
-            )[0]
-
+        # Not the modules themselves: offloading moves every module it finds among a call's arguments.
+        attention = Branch(
+            self.self_attn,
+            self.self_attn.o_proj,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
         hidden_states = self.residual_norm(hidden_states, attention, branch="attn")
-        # A function and not the module: offloading moves every module it finds among a call's arguments.
-        return self.residual_norm(hidden_states, lambda x: self.mlp(x), branch="mlp")  # noqa: PLW0108
+        return self.residual_norm(hidden_states, Branch(self.mlp, self.mlp.down_proj), branch="mlp")
 
 
 class ReZeroPreTrainedModel(PortablePreTrainedModel):

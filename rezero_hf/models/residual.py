@@ -15,6 +15,8 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from .gating import gated
+
 
 class Residual(nn.Module):
     """Base of the residual forms: owns the gates and the norms, subclasses say how they are used.
@@ -70,7 +72,7 @@ class ReZero(Residual):
     adds_to_stream = True
 
     def forward(self, x, f, branch):
-        return x + self.gate(branch, x.dtype) * f(x)
+        return x + gated(self.gate(branch, x.dtype), f, x)
 
 
 class ReZeroPreNorm(Residual):
@@ -81,7 +83,7 @@ class ReZeroPreNorm(Residual):
     adds_to_stream = True
 
     def forward(self, x, f, branch):
-        return x + self.gate(branch, x.dtype) * f(self.norms[branch](x))
+        return x + gated(self.gate(branch, x.dtype), f, self.norms[branch](x))
 
 
 class ReZeroTanh(Residual):
@@ -96,7 +98,7 @@ class ReZeroTanh(Residual):
     adds_to_stream = True
 
     def forward(self, x, f, branch):
-        return x + self.gate(branch, x.dtype) * f(bounded(x))
+        return x + gated(self.gate(branch, x.dtype), f, bounded(x))
 
 
 class Gated(Residual):

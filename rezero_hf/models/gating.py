@@ -1,0 +1,119 @@
+"""What a gate costs: `alpha * F(x)`, with the gate on the last matrix of F instead of on its output where that is less.
+
+`alpha * (h W^T + b)` is `h (alpha W)^T + alpha b`: the same products, but no activation is scaled, and alpha's gradient
+is read off the matrix's, `<G, W>` with `G` the gradient at alpha W, instead of off an output that had to be kept.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class Branch:
+    """A branch F as a layer hands it to its residual form: called, it is F(x), through its module and all of its hooks.
+
+    Args:
+        module: of the branch; called with the input, and with `project=False` for all but its last product.
+        last: that product. After it the module has dropout alone, `module.dropout`.
+        words: further arguments of the module.
+    """
+
+    def __init__(self, module: nn.Module, last: nn.Module, **words: Any):
+        self.module, self.last, self.words = module, last, words
+
+    def __call__(self, x: torch.Tensor, **words: Any) -> torch.Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            # Every product that takes x would make, and keep, a copy of its own.
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        output = self.module(x, **self.words, **words)
+        return output[0] if isinstance(output, tuple) else output
+
+    def inner(self, x: torch.Tensor) -> torch.Tensor:
+        """What the last product takes, of shape (..., last.in_features)."""
+        return self(x, project=False)
+
+    def takes_gate(self, x: torch.Tensor) -> bool:
+        """Whether the gate may go on `last` for this input, and is cheaper there.
+
+        It has to be what it seems, a Linear whose own forward would be called with nothing around it: not sharded,
+        quantised, adapted, offloaded or watched. Compilers fuse the plain form better.
+        """
+        module, last = self.module, self.last
+        return (
+            module.training
+            and torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+            # Fewer tokens than that, and scaling the matrix is the dearer of the two (measured on a CPU, fp32).
+            and x.numel() >= 2 * x.shape[-1] * getattr(last, "out_features", torch.inf)
+            and module.dropout.p == 0
+            and _is_plain_linear(last)
+            and not _is_watched(module)
+            and type(x) is torch.Tensor
+        )
+
+
+class GatedLinear(torch.autograd.Function):
+    """`alpha * (h W^T + b)`. Keeps h alone for the backward pass, which scales the matrix once more.
+
+    Shapes: alpha (), h (..., in), W (out, in), b (out,) or None. W and b may have another dtype than h (autocast), in
+    which the product is.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(alpha, h, weight, bias):
+        scaled = None if bias is None else (alpha * bias).to(h.dtype)
+        return nn.functional.linear(h, (alpha * weight).to(h.dtype), scaled)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        alpha, h, weight, bias = ctx.saved_tensors
+        rows = grad.flatten(0, -2)
+        # At alpha W and alpha b.
+        at_weight = (rows.mT @ h.flatten(0, -2)).to(weight.dtype)
+        at_alpha = (at_weight * weight).sum()
+        at_bias = None
+        if bias is not None:
+            at_bias = rows.sum(0).to(bias.dtype)
+            at_alpha = at_alpha + (at_bias * bias).sum()
+            at_bias = alpha * at_bias
+        return at_alpha.to(alpha.dtype), grad @ (alpha * weight).to(h.dtype), alpha * at_weight, at_bias
+
+
+def gated(alpha: torch.Tensor, f: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """`alpha * f(x)`, by way of the matrix where `f` is a `Branch` that allows it; both are equal to rounding.
+
+    Args:
+        alpha: the gate, 0-dimensional.
+        f: the branch.
+        x: its input, (..., features).
+    """
+    if isinstance(f, Branch) and f.takes_gate(x):
+        return GatedLinear.apply(alpha, f.inner(x), f.last.weight, f.last.bias)
+    return alpha * f(x)
+
+
+def _is_plain_linear(module: nn.Module) -> bool:
+    # Sharded and quantised weights are of another tensor type; an offloaded module has a forward of its own.
+    return (
+        type(module) is nn.Linear
+        and type(module.weight) is nn.Parameter
+        and "forward" not in vars(module)
+        and not _is_watched(module)
+    )
+
+
+def _is_watched(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+__all__ = ["Branch", "GatedLinear", "gated"]

@@ -1,0 +1,166 @@
+"""A gate on the last matrix of its branch gives what a gate on the branch's output gives, and is there only where it may be."""
+
+from contextlib import contextmanager
+from unittest import mock
+
+import peft
+import pytest
+import torch
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+from rezero_hf.models.gating import Branch, GatedLinear
+
+
+@contextmanager
+def gates_on_matrices(allowed=True):
+    """Counts the products that take a gate; where that is not allowed, none may."""
+    takes_gate = Branch.takes_gate if allowed else lambda *_: False
+    with (
+        mock.patch.object(GatedLinear, "apply", mock.Mock(side_effect=GatedLinear.apply)) as taken,
+        mock.patch.object(Branch, "takes_gate", takes_gate),
+    ):
+        yield taken
+
+
+@pytest.fixture
+def rows():
+    """Enough tokens that a gate on the matrix is the cheaper."""
+    return torch.randint(0, 256, (4, 32), generator=torch.Generator().manual_seed(1))
+
+
+def gradients(model, rows, **autocast):
+    """Of every parameter, after one training step's forward and backward pass, and the loss."""
+    model.zero_grad()
+    with torch.autocast("cpu", **{"enabled": False, **autocast}):
+        loss = model(input_ids=rows, labels=rows).loss
+    loss.backward()
+    return {"loss": loss.detach(), **{name: parameter.grad for name, parameter in model.named_parameters()}}
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_the_gated_product_has_the_gradients_of_its_formula(bias):
+    """First and second derivatives against finite differences, in double precision, at alpha 0 too."""
+    torch.manual_seed(0)
+    draw = {"dtype": torch.float64, "requires_grad": True}
+    h, weight = torch.randn(2, 3, 4, **draw), torch.randn(5, 4, **draw)
+    b = torch.randn(5, **draw) if bias else None
+    for value in (0.0, 0.7):
+        alpha = torch.tensor(value, **draw)
+        assert torch.equal(
+            GatedLinear.apply(alpha, h, weight, b),
+            torch.nn.functional.linear(h, alpha * weight, None if b is None else alpha * b),
+        )
+        assert torch.autograd.gradcheck(GatedLinear.apply, (alpha, h, weight, b))
+        assert torch.autograd.gradgradcheck(GatedLinear.apply, (alpha, h, weight, b))
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"attention_bias": False, "mlp_bias": False, "gate_sharing": "sublayer"},
+        {"residual": "rezero_tanh", "gated_mlp": True},
+        {"residual": "rezero_pre_norm"},
+        {"gate_init": 0.0},
+    ],
+    ids=["biases", "two gates", "bounded, gated feed-forward net", "normed", "at the start"],
+)
+def test_training_does_not_depend_on_where_the_gate_is(tiny_model, rows, changes, checkpointed):
+    """Loss and the gradient of every parameter, alpha's included, in double precision."""
+    model = tiny_model(**changes).double().train()
+    if checkpointed:
+        model.gradient_checkpointing_enable()
+    with gates_on_matrices() as taken:
+        on_matrix = gradients(model, rows)
+    assert taken.call_count == 2 * model.config.num_hidden_layers * (2 if checkpointed else 1)
+    with gates_on_matrices(False) as taken:
+        on_output = gradients(model, rows)
+    assert taken.call_count == 0
+    torch.testing.assert_close(on_matrix, on_output, rtol=1e-10, atol=1e-12)
+
+
+def test_under_autocast_both_are_as_far_from_fp32(tiny_model, rows):
+    """The error of bf16 products, with the gate on the matrix, is that with the gate on the output."""
+    model = tiny_model().train()
+    exact = gradients(model, rows)
+
+    def error(found):
+        return {name: (found[name] - exact[name]).norm() / exact[name].norm() for name in exact}
+
+    with gates_on_matrices() as taken:
+        on_matrix = error(gradients(model, rows, enabled=True, dtype=torch.bfloat16))
+    assert taken.call_count == 2 * model.config.num_hidden_layers
+    with gates_on_matrices(False):
+        on_output = error(gradients(model, rows, enabled=True, dtype=torch.bfloat16))
+    for name in exact:
+        assert on_matrix[name] < 2 * on_output[name] + 0.02, name
+
+
+def adapted(model):
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules=["o_proj", "down_proj"]))
+
+
+def quantised(model):
+    quantize_(model, Int8WeightOnlyConfig())
+    return model
+
+
+def watched(model):
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_hook(lambda *_: None)
+        layer.mlp.down_proj.register_full_backward_hook(lambda *_: None)
+    return model
+
+
+@pytest.mark.parametrize(
+    "change", [adapted, quantised, watched, torch.nn.Module.eval], ids=lambda change: change.__name__
+)
+def test_a_last_product_that_is_more_than_itself_is_called_as_it_is(tiny_model, rows, change):
+    """Adapters, quantised weights, hooks and evaluation leave the gate on the output."""
+    model = tiny_model().train()
+    with gates_on_matrices() as taken:
+        change(model)(input_ids=rows, labels=rows)
+    assert taken.call_count == 0
+
+
+@pytest.mark.parametrize("words", [{"hidden_dropout": 0.1}, {"residual": "pre_norm"}], ids=["dropout", "no gate"])
+def test_dropout_after_the_product_leaves_the_gate_on_the_output(tiny_model, rows, words):
+    with gates_on_matrices() as taken:
+        tiny_model(**words).train()(input_ids=rows)
+    assert taken.call_count == 0
+
+
+def test_few_tokens_leave_the_gate_on_the_output(tiny_model, rows):
+    """Scaling a matrix costs more than scaling fewer rows than it has."""
+    with gates_on_matrices() as taken:
+        tiny_model().train()(input_ids=rows[:1, :16])
+    assert taken.call_count == 0
+
+
+def test_less_is_kept_for_the_backward_pass(tiny_model, rows):
+    """No output of a branch is: two of them for every token of a layer."""
+
+    def kept(model):
+        storages = {}
+
+        parameters = {parameter.data_ptr() for parameter in model.parameters()}
+
+        def pack(tensor):
+            if tensor.data_ptr() not in parameters:
+                storages[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            # Alive until the end, so that no address is used twice.
+            output = model(input_ids=rows)
+        assert output is not None
+        return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
+
+    model = tiny_model().train()
+    with gates_on_matrices():
+        on_matrix = kept(model)
+    with gates_on_matrices(False):
+        on_output = kept(model)
+    config = model.config
+    assert on_output - on_matrix == 2 * config.num_hidden_layers * rows.numel() * config.hidden_size * 4
