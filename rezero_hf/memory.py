@@ -124,14 +124,17 @@ def plan_memory(
             # As Accelerator prepares a model, with one more copy of the logits.
             model.forward = convert_outputs_to_fp32(torch.autocast("cpu", dtype)(model.forward))
         tokens = torch.zeros(args.per_device_train_batch_size, block_size, dtype=torch.long)
-        items = torch.tensor(tokens.numel())
+        words = {
+            "num_items_in_batch": torch.tensor(tokens.numel()),
+            **({"skip_logits": True} if config.is_causal else {}),
+        }
 
         def take_step():
             for _ in range(passes):
                 seen["before"] = count.live
                 count.records = True
-                # As in Trainer, the logits are gone when the backward pass starts.
-                loss = model(input_ids=tokens, labels=tokens, shift_labels=tokens, num_items_in_batch=items).loss
+                # As in ReZeroTrainer, the logits are gone when the backward pass starts.
+                loss = model(input_ids=tokens, labels=tokens, shift_labels=tokens, **words).loss
                 count.records = False
                 loss.backward()
                 count.free_graph()

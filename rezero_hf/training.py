@@ -23,7 +23,7 @@ from .data import IGNORE_INDEX, PreparedData
 from .errors import UserError
 from .export import temporarily
 from .flops import flops_per_token
-from .models import ReZeroConfig
+from .models import ReZeroConfig, ReZeroForCausalLM
 from .optim import NamedState, put_state
 from .pushing import PushingTrainer
 from .resuming import LOG
@@ -180,6 +180,8 @@ class ReZeroTrainer(PushingTrainer):
             targets = inputs["shift_labels"].to(self.args.device)
             self._seen["tokens"] += (targets != IGNORE_INDEX).sum()
             self._seen["bytes"] += self._bytes_of(targets).sum()
+        if isinstance(self.model, ReZeroForCausalLM):
+            inputs = {**inputs, "skip_logits": True}
         loss = super().training_step(model, inputs, num_items_in_batch)
         # A copy: a compiled step may put the next loss in the same place.
         self.step_losses.append(loss.clone())

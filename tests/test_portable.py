@@ -18,7 +18,15 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from rezero_hf import ReZeroConfig, ReZeroForCausalLM, ReZeroModel
 
 
-SOURCES = {"configuration_rezero.py", "modeling_rezero.py", "portable.py", "residual.py", "embeddings.py", "gating.py"}
+SOURCES = {
+    "configuration_rezero.py",
+    "modeling_rezero.py",
+    "portable.py",
+    "residual.py",
+    "embeddings.py",
+    "gating.py",
+    "piecewise_loss.py",
+}
 AUTO_MAP = {
     "AutoConfig": "configuration_rezero.ReZeroConfig",
     "AutoModel": "modeling_rezero.ReZeroModel",

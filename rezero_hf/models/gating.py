@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 class Branch:
@@ -50,7 +51,6 @@ class Branch:
             and module.dropout.p == 0
             and _is_plain_linear(last)
             and not _is_watched(module)
-            and type(x) is torch.Tensor
         )
 
 
@@ -101,10 +101,10 @@ def gated(alpha: torch.Tensor, f: Callable[[torch.Tensor], torch.Tensor], x: tor
 
 
 def _is_plain_linear(module: nn.Module) -> bool:
-    # Sharded and quantised weights are of another tensor type; an offloaded module has a forward of its own.
+    # Sharded and quantised weights are wrapped; an offloaded module has a forward of its own.
     return (
         type(module) is nn.Linear
-        and type(module.weight) is nn.Parameter
+        and not is_traceable_wrapper_subclass(module.weight)
         and "forward" not in vars(module)
         and not _is_watched(module)
     )

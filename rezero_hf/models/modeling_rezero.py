@@ -31,6 +31,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_rezero import ReZeroConfig
 from .embeddings import ReZeroPositionEmbedding, ReZeroRotaryEmbedding, ReZeroTokenEmbedding, rotate
 from .gating import Branch
+from .piecewise_loss import piecewise_loss
 from .portable import PortablePreTrainedModel
 from .residual import NORMS, RESIDUAL_FORMS, Residual
 
@@ -56,6 +57,11 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
+def dropped(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """`x` with the module's dropout. Not called in evaluation: for one token, a call that does nothing takes its time."""
+    return module.dropout(x) if module.training else x
+
+
 class ReZeroAttention(nn.Module):
     """The attention branch F: multi-head or grouped-query self-attention, then dropout (authors' layer: `dropout1`)."""
 
@@ -74,8 +80,8 @@ class ReZeroAttention(nn.Module):
         self.v_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, width, bias=bias)
         self.o_proj.init_scale = config.output_init_scale
-        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(
@@ -90,10 +96,12 @@ class ReZeroAttention(nn.Module):
         """`project=False` leaves `o_proj` to the caller (`gating.py`)."""
         input_shape = hidden_states.shape[:-1]
         heads_shape = (*input_shape, -1, self.head_dim)
-        query = self.q_norm(self.q_proj(hidden_states).view(heads_shape)).transpose(1, 2)
-        key = self.k_norm(self.k_proj(hidden_states).view(heads_shape)).transpose(1, 2)
+        query = self.q_proj(hidden_states).view(heads_shape)
+        key = self.k_proj(hidden_states).view(heads_shape)
         value = self.v_proj(hidden_states).view(heads_shape).transpose(1, 2)
-
+        if self.q_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = query.transpose(1, 2), key.transpose(1, 2)
         if position_embeddings is not None:
             query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
         if past_key_values is not None:
@@ -113,7 +121,7 @@ class ReZeroAttention(nn.Module):
             **kwargs,
         )
         output = output.reshape(*input_shape, -1).contiguous()
-        return self.dropout(self.o_proj(output)) if project else output, weights
+        return dropped(self, self.o_proj(output)) if project else output, weights
 
 
 class ReZeroMLP(nn.Module):
@@ -129,8 +137,8 @@ class ReZeroMLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, project: bool = True) -> torch.Tensor:
         """`project=False` leaves `down_proj` to the caller (`gating.py`)."""
-        activated = self.dropout(self.activated(hidden_states))
-        return self.dropout(self.down_proj(activated)) if project else activated
+        activated = dropped(self, self.activated(hidden_states))
+        return dropped(self, self.down_proj(activated)) if project else activated
 
     def activated(self, x: torch.Tensor) -> torch.Tensor:
         return self.act_fn(self.up_proj(x))
@@ -390,6 +398,7 @@ class ReZeroForCausalLM(ReZeroLanguageModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         """Run the decoder and its head; the arguments of `ReZeroModel.forward`, and:
@@ -398,6 +407,8 @@ class ReZeroForCausalLM(ReZeroLanguageModel, GenerationMixin):
             labels: (batch, tokens), aligned with `input_ids` (the model shifts them); -100 is ignored. Pass
                 `shift_labels`, already shifted, beside them to use those instead.
             logits_to_keep: how many last positions get logits (0 is all), or their indices.
+            skip_logits: with labels, return the loss alone and never hold all logits: of a large vocabulary they take
+                more memory than all else (`piecewise_loss.py`). Default False: most trainers look at them.
             kwargs: `num_items_in_batch` divides the summed loss (gradient accumulation), `shift_labels` as above.
 
         Returns:
@@ -413,10 +424,14 @@ class ReZeroForCausalLM(ReZeroLanguageModel, GenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        hidden_states, vocab_size = outputs.last_hidden_state[:, kept, :], self.config.vocab_size
+        logits = loss = None
+        if skip_logits and labels is not None:
+            loss = piecewise_loss(self.lm_head, hidden_states, labels, vocab_size, self.loss_function, **kwargs)
+        else:
+            logits = self.lm_head(hidden_states)
+            if labels is not None:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
