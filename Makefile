@@ -22,7 +22,7 @@ torture: $(READY)  ## kill runs at random, resume them, compare them bit for bit
 reproduce:  ## the paper's tables and figures: what each claims, its command and its cost
 	@grep -h -E '^# (Claim|Command|Cost)' $$(grep -l '^study:' scripts/recipes/*.yaml) | sed 's/^# //; s/^Claim/\nClaim/'
 
-benchmark: .venv/.benchmark  ## speed and memory beside other libraries; half an hour
+benchmark: $(READY)  ## speed and memory beside other libraries; half an hour
 	$(BIN)/python scripts/benchmark.py $(ARGS)
 
 lint: $(READY)
@@ -39,10 +39,6 @@ $(READY): constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $(READY)
-
-.venv/.benchmark: $(READY)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[benchmark]'
-	touch $@
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache

@@ -10,14 +10,15 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
-from transformers.pytorch_utils import Conv1D
 
 from .models import ReZeroConfig, ReZeroForCausalLM
+from .models.gating import Branch
 from .surgery import fold_gates
 
 
@@ -25,7 +26,7 @@ from .surgery import fold_gates
 class Sizes:
     """What is built and fed. Sequences of training and prefill have `context` tokens; generation starts at `prompt`.
 
-    `read` bytes are read to measure bandwidth: more than any cache holds.
+    `read` bytes are read to measure bandwidth: more than most caches hold.
     """
 
     hidden_size: int = 512
@@ -38,6 +39,10 @@ class Sizes:
     prompt: int = 32
     new_tokens: int = 64
     read: int = 256 * 2**20
+
+    def decoded(self, sequences: int) -> int:
+        """New tokens of each of so many sequences; of several half as many, which take long enough."""
+        return self.new_tokens if sequences == 1 else self.new_tokens // 2
 
 
 # Device type, or smoke -> sizes. Those of a GPU fill one; those of a CPU take two cores half an hour in all.
@@ -60,7 +65,7 @@ class Arm:
         imports: the statement that a user's program opens with.
         package: what must be installed; without it the arm is left out.
         measures: those of `benchmarks.MEASURES` it takes part in.
-        compiled: those that it takes part in compiled.
+        compiled: those of them that it takes part in compiled.
         peer: what a user would take instead, not a relative of ours.
         during: entered around every step of it; what switches a faster implementation off, say.
     """
@@ -98,6 +103,13 @@ class Arm:
         return model.generate(ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False, **words)
 
 
+class ReZeroArm(Arm):
+    """Ours, trained as `ReZeroTrainer` does it."""
+
+    def loss(self, model, ids):
+        return model(ids, labels=ids, use_cache=False, skip_logits=True).loss
+
+
 class XTransformersArm(Arm):
     """x-transformers' decoder in its autoregressive wrapper."""
 
@@ -105,8 +117,7 @@ class XTransformersArm(Arm):
         return model.net(ids)
 
     def loss(self, model, ids):
-        # The wrapper does not feed the last token that it is given.
-        return model(pad(ids, (0, 1)))
+        return model(ids)
 
     def prefill(self, model, ids):
         return model.net(ids, return_intermediates=True)
@@ -195,24 +206,26 @@ def _x_transformers(sizes: Sizes, layers: int) -> nn.Module:
 
 
 OURS = "from rezero_hf import ReZeroForCausalLM"
-REFERENCE = Arm(name="ReZero", words="as shipped: `ReZeroConfig`'s defaults", build=_rezero, imports=OURS)
+REFERENCE = ReZeroArm(name="ReZero", words="as shipped: `ReZeroConfig`'s defaults", build=_rezero, imports=OURS)
 ARMS = (
     REFERENCE,
-    Arm(
+    ReZeroArm(
         name="ReZero, naive gate",
-        words="`x + alpha * F(x)` computed as it is written",
+        words="trained with `x + alpha * F(x)` as it is written",
         build=_rezero,
         imports=OURS,
-        measures=(*TRAINING, *GENERATION),
+        measures=TRAINING,
+        compiled=(),
+        during=partial(patch.object, Branch, "takes_gate", lambda *_: False),
     ),
-    Arm(
+    ReZeroArm(
         name="ReZero, folded",
         words="after `fold_gates`, for generation",
         build=_folded,
         imports=OURS,
         measures=(*GENERATION, "load"),
     ),
-    Arm(
+    ReZeroArm(
         name="pre-norm",
         words="our code with `residual: pre_norm` and a final LayerNorm",
         build=partial(_rezero, residual="pre_norm", final_norm=True),
@@ -245,7 +258,7 @@ ARMS = (
     ),
     XTransformersArm(
         name="x-transformers",
-        words="its decoder with rotary positions; its own generation, which is not compiled",
+        words="its decoder with rotary positions; its own generation, not compiled; prefill computes all logits",
         build=_x_transformers,
         imports="from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper",
         package="x_transformers",
@@ -281,20 +294,3 @@ def parameters(arm: Arm, sizes: Sizes) -> dict[str, int]:
     layers = {"training": sizes.training_layers, "generation": sizes.generation_layers}
     models = {which: arm.build(sizes, depth) for which, depth in layers.items()}
     return {which: sum(weight.numel() for weight in model.parameters()) for which, model in models.items()}
-
-
-def matrices(model: nn.Module) -> list[torch.Tensor]:
-    """The matrices that every token is multiplied by, each as (out, in); embeddings are looked up and do not count."""
-    modules = list(model.modules())
-    looked_up = {id(module.weight) for module in modules if isinstance(module, nn.Embedding)}
-    # GPT-2 keeps (in, out).
-    turned = {id(module.weight) for module in modules if isinstance(module, Conv1D)}
-    found = [weight for weight in model.parameters() if weight.ndim == 2 and id(weight) not in looked_up]
-    return [(weight.T if id(weight) in turned else weight).detach() for weight in found]
-
-
-def forward_flops(model: nn.Module, sizes: Sizes, layers: int, sequences: int) -> int:
-    """Floating point operations of a forward pass over `sequences` of `sizes.context` tokens, as `flops.py` counts."""
-    products = 2 * sizes.context * sum(weight.numel() for weight in matrices(model))
-    attention = 2 * sizes.hidden_size * layers * sizes.context * (sizes.context + 1)
-    return sequences * (products + attention)

@@ -1,8 +1,6 @@
 """One arm of a benchmark at work: a repeat of each measure, and of the same work as the machine could do it at best."""
 
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -13,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import linear
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel, set_seed
+from transformers.pytorch_utils import Conv1D
 
-from .benchmark_arms import Arm, Sizes, forward_flops, matrices
+from .benchmark_arms import Arm, Sizes
 
 
 # Products alone of so many tokens, scaled to all of them.
@@ -52,6 +50,10 @@ class Case:
         if self.mode.compiled:
             model.compile()
         return model, torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    @cached_property
+    def batch(self) -> torch.Tensor:
+        return self._ids(self.sizes.batch, self.sizes.context)
 
     @cached_property
     def folder(self) -> tempfile.TemporaryDirectory:
@@ -91,22 +93,23 @@ class Case:
     def _step(self) -> None:
         model, optimizer = self.learner
         with torch.autocast(self.device.type, self.mode.dtype, enabled=self.mode.dtype is not torch.float32):
-            loss = self.arm.loss(model, self._ids(self.sizes.batch, self.sizes.context))
+            loss = self.arm.loss(model, self.batch)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
     def train(self) -> float:
         """Forward, backward, update."""
-        _ = self.learner
         return self.seconds(self._step)
 
     def memory(self) -> float:
         """Parameters, optimiser state, and the most that a step allocates beside them."""
         model, optimizer = self.learner
-        states = [value for state in optimizer.state.values() for value in state.values()]
         with self.arm.during():
+            # The first step makes the optimiser's state.
+            self._step()
             allocated = peak_allocation(self._step, self.device)
+        states = [value for state in optimizer.state.values() for value in state.values()]
         return allocated + sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers(), *states))
 
     @torch.inference_mode()
@@ -121,7 +124,7 @@ class Case:
 
     def decode(self, sequences: int) -> float:
         """The tokens after the first: two calls of `generate`, the longer less the shorter."""
-        return self._generate(sequences, 1 + self.sizes.new_tokens) - self._generate(sequences, 1)
+        return self._generate(sequences, 1 + self.sizes.decoded(sequences)) - self._generate(sequences, 1)
 
     def _generate(self, sequences: int, tokens: int) -> float:
         writer, ids = self.writer, self._ids(sequences, self.sizes.prompt)
@@ -131,10 +134,6 @@ class Case:
         """`from_pretrained` of a folder that was read before."""
         kind = type(self.writer)
         return self.seconds(lambda: self._load(kind))
-
-    def imports(self) -> float:
-        """A fresh Python that imports what the arm needs and ends."""
-        return self.seconds(lambda: subprocess.run([sys.executable, "-c", self.arm.imports], check=True))
 
     def training_flops(self) -> int:
         """Of a step: a backward pass is two forward passes."""
@@ -149,12 +148,14 @@ class Case:
         """The step's operations at the rate that `torch.mm` reaches on its matrices, forward and backward."""
         weights = [weight.to(self.mode.dtype) for weight in matrices(self.learner[0])]
         rows = self.sizes.batch * self.sizes.context
-
+        gradients = {weight.shape: torch.empty_like(weight) for weight in weights}
         inputs = self._vectors(weights, rows)
 
         def products():
-            for weight, x, y in inputs:
-                torch.mm(x, weight.T), torch.mm(y, weight), torch.mm(y.T, x)
+            for weight, x, y, to_x, to_y in inputs:
+                torch.mm(x, weight.T, out=to_y)
+                torch.mm(y, weight, out=to_x)
+                torch.mm(y.T, x, out=gradients[weight.shape])
 
         flops = 6 * rows * sum(weight.numel() for weight in weights)
         return self.seconds(products) * self.training_flops() / flops
@@ -168,32 +169,49 @@ class Case:
 
     @torch.no_grad()
     def decode_products(self, sequences: int) -> float:
-        """`F.linear` of each of the model's matrices, and nothing else, for every new token."""
-        weights = matrices(self.writer)
-        return self._products(weights, sequences, PASSES) * self.sizes.new_tokens / PASSES
+        """The product with each of the model's matrices, and nothing else, for every new token."""
+        return self._products(matrices(self.writer), sequences, PASSES) * self.sizes.decoded(sequences) / PASSES
 
     def _products(self, weights: list[torch.Tensor], rows: int, passes: int = 1) -> float:
-        inputs = self._vectors(weights, rows)
-        return self.seconds(lambda: [linear(x, weight) for _ in range(passes) for weight, x, _ in inputs])
+        inputs = self._vectors(weights, rows) * passes
+        return self.seconds(lambda: [torch.mm(x, weight.T, out=to_y) for weight, x, _, _, to_y in inputs])
 
     def _vectors(self, weights: list[torch.Tensor], rows: int) -> list[tuple[torch.Tensor, ...]]:
-        """Every matrix (out, in) with inputs (rows, in) and outputs (rows, out)."""
+        """Every matrix (out, in) with x (rows, in), y (rows, out), and buffers like x and y for results."""
         widths = {width for weight in weights for width in weight.shape}
-        made = {width: torch.randn(rows, width, device=self.device, dtype=self.mode.dtype) for width in widths}
-        return [(weight, made[weight.shape[1]], made[weight.shape[0]]) for weight in weights]
+        drawn = {width: torch.randn(rows, width, device=self.device, dtype=self.mode.dtype) for width in widths}
+        room = {width: torch.empty_like(vectors) for width, vectors in drawn.items()}
+        return [(weight, *(of[width] for of in (drawn, room) for width in weight.shape[::-1])) for weight in weights]
 
     @torch.no_grad()
-    def decode_bandwidth(self) -> float:
+    def decode_bandwidth(self, sequences: int) -> float:
         """Reading the model's matrices for every new token at the rate at which a large tensor is read or copied."""
         source, target = self._buffers
         read = min(self.seconds(source.sum), self.seconds(lambda: target.copy_(source)) / 2)
         held = sum(weight.nbytes for weight in matrices(self.writer))
-        return read * held / source.nbytes * self.sizes.new_tokens
+        return read * held / source.nbytes * self.sizes.decoded(sequences)
 
     @cached_property
     def _buffers(self) -> tuple[torch.Tensor, torch.Tensor]:
         source = torch.ones(self.sizes.read // 4, device=self.device)
         return source, torch.zeros_like(source)
+
+
+def matrices(model: nn.Module) -> list[torch.Tensor]:
+    """The matrices that every token is multiplied by, each as (out, in); embeddings are looked up and do not count."""
+    modules = list(model.modules())
+    looked_up = {id(module.weight) for module in modules if isinstance(module, nn.Embedding)}
+    # GPT-2 keeps (in, out).
+    turned = {id(module.weight) for module in modules if isinstance(module, Conv1D)}
+    found = [weight for weight in model.parameters() if weight.ndim == 2 and id(weight) not in looked_up]
+    return [(weight.T if id(weight) in turned else weight).detach() for weight in found]
+
+
+def forward_flops(model: nn.Module, sizes: Sizes, layers: int, sequences: int) -> int:
+    """Floating point operations of a forward pass over `sequences` of `sizes.context` tokens, as `flops.py` counts."""
+    products = 2 * sizes.context * sum(weight.numel() for weight in matrices(model))
+    attention = 2 * sizes.hidden_size * layers * sizes.context * (sizes.context + 1)
+    return sequences * (products + attention)
 
 
 def peak_allocation(action: Callable[[], Any], device: torch.device) -> int:

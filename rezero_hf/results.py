@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .errors import UserError
+from .markdown import join
 from .runs import read_metrics
 from .traces import scrub
 
@@ -43,14 +44,17 @@ def collect_result(run_dir: str | Path) -> dict[str, Any]:
     """The result of a study (`scripts/reproduce.py`) or a benchmark (`scripts/benchmark.py`) that was run whole.
 
     Raises:
-        UserError: there is none, or its numbers are not worth keeping: a smoke run, or some rows alone.
+        UserError: there is none, or its numbers are not worth keeping: a smoke run, some rows alone, or a benchmark
+            without some of its arms.
     """
     path = Path(run_dir) / "result.json"
     result = json.loads(path.read_text(encoding="utf-8"))
     if result["size"] == "smoke":
         raise UserError(f"{run_dir} is a smoke run; its numbers mean nothing")
     if not result["complete"]:
-        raise UserError(f"{path} holds a part alone; run the same command without --only")
+        missing = join([*result.get("left_out", ()), *result.get("failed", ())])
+        way_out = f"it lacks {missing}" if missing else "run the same command to its end, without --only"
+        raise UserError(f"{path} holds a part alone; {way_out}")
     return result
 
 
