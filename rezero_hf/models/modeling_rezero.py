@@ -58,7 +58,7 @@ def eager_attention_forward(
 
 
 def dropped(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """`x` with the module's dropout. Not called in evaluation: for one token, a call that does nothing takes its time."""
+    """`x` with the module's dropout, which is not called in evaluation: doing nothing takes time, too."""
     return module.dropout(x) if module.training else x
 
 
