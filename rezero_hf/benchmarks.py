@@ -139,17 +139,16 @@ def compare(
         turns = {"least": 1, "most": 1} if measure.once else {"least": least}
         share = measure.turn / sum(MEASURES[left].turn for _, left in todo[place:])
         costs = by_turns(steps, share * (deadline - time.perf_counter()), measure.warm_up, **turns)
-        found = {"limits": {limit: costs.pop(limit) for limit in measure.limits}}
-        found |= {"tokens": measure.tokens and measure.tokens(sizes), "flops": measure.flops and measure.flops(ours)}
-        yield _row(arm, name, mode.name, costs, **found, peak_flops=peak_flops(device, mode.dtype))
+        tokens, flops = measure.tokens and measure.tokens(sizes), measure.flops and measure.flops(ours)
+        yield _row(arm, name, mode.name, costs, measure.limits, tokens, flops, peak_flops(device, mode.dtype))
 
 
 def compare_imports(arms: Iterable[Arm], reference: Arm, seconds: float) -> list[dict[str, Any]]:
     """Rows as `compare`'s: a fresh Python that imports what an arm needs and ends, all arms by turns."""
     found = [arm for arm in arms if "import" in arm.measures]
     costs = by_turns({arm.name: partial(_import_seconds, arm.imports) for arm in found}, seconds, least=LEAST)
-    both = {arm: {"arm": costs[arm.name], "reference": costs[reference.name]} for arm in found}
-    return [_row(arm, "import", "fp32", costs) for arm, costs in both.items()]
+    theirs = costs[reference.name]
+    return [_row(arm, "import", "fp32", {"arm": costs[arm.name], "reference": theirs}) for arm in found]
 
 
 def _import_seconds(statement: str) -> float:
@@ -158,12 +157,10 @@ def _import_seconds(statement: str) -> float:
     return time.perf_counter() - start
 
 
-def _row(arm, measure, mode, costs, limits=None, tokens=None, flops=None, peak_flops=None) -> dict[str, Any]:
-    costs, limits = (
-        {who: [round(cost, 7) for cost in each] for who, each in of.items()} for of in (costs, limits or {})
-    )
-    words = {"arm": arm.name, "measure": measure, "mode": mode, "costs": costs, "limits": limits}
-    return words | {"tokens": tokens, "flops": flops, "peak_flops": peak_flops}
+def _row(arm, measure, mode, costs, limits=(), tokens=None, flops=None, peak_flops=None) -> dict[str, Any]:
+    costs = {who: [round(cost, 7) for cost in each] for who, each in costs.items()}
+    row = {"arm": arm.name, "measure": measure, "mode": mode, "limits": {limit: costs.pop(limit) for limit in limits}}
+    return row | {"costs": costs, "tokens": tokens, "flops": flops, "peak_flops": peak_flops}
 
 
 def alone(command: list[str]) -> tuple[list[dict[str, Any]], str | None]:
