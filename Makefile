@@ -8,7 +8,7 @@ LAUNCH ?= --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dyna
 	--num_cpu_threads_per_process $(CORES)
 READY := .venv/.ready
 
-.PHONY: pretrain test torture reproduce lint format clean
+.PHONY: pretrain test torture reproduce benchmark lint format clean
 
 pretrain: $(READY)  ## train the quickstart model on this machine
 	$(BIN)/accelerate launch $(LAUNCH) scripts/pretrain.py scripts/recipes/quickstart.yaml $(ARGS)
@@ -21,6 +21,9 @@ torture: $(READY)  ## kill runs at random, resume them, compare them bit for bit
 
 reproduce:  ## the paper's tables and figures: what each claims, its command and its cost
 	@grep -h -E '^# (Claim|Command|Cost)' $$(grep -l '^study:' scripts/recipes/*.yaml) | sed 's/^# //; s/^Claim/\nClaim/'
+
+benchmark: $(READY)  ## speed and memory beside other libraries; half an hour
+	$(BIN)/python scripts/benchmark.py $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

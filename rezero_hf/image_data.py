@@ -30,7 +30,7 @@ from .sources import SPLITS, DataError, explained
 __all__ = ["EvalImages", "ImageDataConfig", "PreparedImages", "TrainImages", "accuracy_metrics", "prepare_images"]
 
 # Part of the fingerprint: raise it when the same source would give other files.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # What is held out is the same whatever the run's seed, so that runs compare.
 _HELD_OUT_KEY = (0x1A6E5,)
 
@@ -142,14 +142,16 @@ class PreparedImages:
     def record(self) -> dict[str, Any]:
         """What a run writes down about its data, as JSON: hashes, versions and sizes, no absolute paths.
 
-        `source` is what the recipe calls it and `origin` what was read: a commit, or the hashes of files. `stored`
-        has the hashes of the decoded pixels, `splits` the number of images after holding out.
+        `source` is what the recipe calls it and `origin` what was read: a commit, or the hashes of files, whose images
+        were in `formats` (none, where nothing was decoded). `stored` has the hashes of the decoded pixels, `splits` the
+        number of images after holding out.
         """
         known, origin = self.config.known, self.index["inputs"]["source"]
         return {
             "fingerprint": self.index["fingerprint"],
             "source": origin.get("name", self.config.source),
             "origin": origin,
+            "formats": self.index["formats"],
             "notice": known.notice if known else None,
             "shape": self.index["shape"],
             "classes": self.index["classes"],

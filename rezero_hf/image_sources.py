@@ -25,9 +25,17 @@ class LabelledImage(NamedTuple):
 
 
 class ImageSource(ABC):
-    """Labelled images in up to three splits. `label` names the source in messages, without absolute paths."""
+    """Labelled images in up to three splits.
+
+    Attributes:
+        label: names the source in messages, without absolute paths.
+        formats: of the images' files, as far as they were read: `JPEG`, `PNG`. JPEG loses detail, and accuracy with it.
+    """
 
     label: str
+
+    def __init__(self) -> None:
+        self.formats: set[str] = set()
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
@@ -55,6 +63,7 @@ class Digits(ImageSource):
     label = "digits"
 
     def __init__(self) -> None:
+        super().__init__()
         if find_spec("sklearn") is None:
             raise DataError("data.source is 'digits', which needs a package: pip install scikit-learn")
 
@@ -75,6 +84,7 @@ class _TypedColumns(ImageSource):
     way_out: str
 
     def __init__(self, config: ImageDataConfig) -> None:
+        super().__init__()
         self._config = config
         self._columns = {"image_column": config.image_column, "label_column": config.label_column}
 
@@ -129,6 +139,8 @@ class _TypedColumns(ImageSource):
                 # Pillow would clip deeper pixels to white.
                 if image.mode[0] in "IF":
                     raise DataError(f"{self.label}: {where} has mode {image.mode}: convert it to 8 bits per channel")
+                if image.format is not None:
+                    self.formats.add(image.format)
                 if image.mode in ("1", "L"):
                     yield LabelledImage(np.asarray(image.convert("L"))[None], label)
                 else:

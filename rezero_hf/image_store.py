@@ -47,7 +47,11 @@ def _write(folder: Path, source: ImageSource, inputs: dict[str, Any], progress: 
         writer = _Writer(partial, source.label, progress)
         index = {"fingerprint": folder.name, "inputs": inputs, "classes": classes}
         index["splits"] = {split: writer.write(split, images) for split, images in splits.items()}
-        index |= {"shape": writer.shape, "seconds": round(time.monotonic() - start, 1)}
+        index |= {
+            "shape": writer.shape,
+            "formats": sorted(source.formats),
+            "seconds": round(time.monotonic() - start, 1),
+        }
         write_whole(partial / INDEX_NAME, json.dumps(index, indent=1))
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

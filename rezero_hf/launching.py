@@ -114,7 +114,8 @@ class LaunchReport(TrainerCallback):
     def _forecast(self, args, state) -> str:
         config, shards = self._trainer.model.config, shards_of(self._trainer.model_wrapped)
         try:
-            return describe(make_plan(config, args, self._block_size, state.max_steps, shards=shards))
+            # Nothing is to be compared any more, and the first step waits.
+            return describe(make_plan(config, args, self._block_size, state.max_steps, shards=shards, compare=False))
         except Exception as error:
             # A run is not stopped for want of a forecast.
             return f"no plan: {type(error).__name__}: {one_line(error, None)}"

@@ -27,7 +27,7 @@ class RunPlan:
         world_size: devices.
         shards: devices that share one copy of weights, gradients and optimiser state; 1 without FSDP.
         checkpointing: whether the run recomputes activations.
-        plain, checkpointed: memory without and with that.
+        plain, checkpointed: memory without and with that; None if it was not to be planned.
         peak: FLOP/s of one device; None where it is not known.
         capacity: bytes of one device; None where the device at hand is not a GPU.
     """
@@ -39,8 +39,8 @@ class RunPlan:
     world_size: int
     shards: int
     checkpointing: bool
-    plain: MemoryPlan
-    checkpointed: MemoryPlan
+    plain: MemoryPlan | None
+    checkpointed: MemoryPlan | None
     peak: float | None
     capacity: int | None
 
@@ -70,6 +70,7 @@ def make_plan(
     world_size: int | None = None,
     shards: int = 1,
     device: str | None = None,
+    compare: bool = True,
 ) -> RunPlan:
     """Plan a run. Allocates nothing, and leaves random numbers and the distributed state alone.
 
@@ -88,6 +89,8 @@ def make_plan(
         shards: devices that share the weights under FSDP; 1 (default) is none.
         device: kind of device the run is for, `"cpu"` or `"cuda"`; None (default) is what `args` found. Only a CPU
             keeps attention probabilities, and only for dropout.
+        compare: also plan what it would take with activation checkpointing, or without it where the run has it. That
+            takes seconds as well. Default True.
 
     Raises:
         UserError: `global_batch_size` does not divide, or `shards` does not divide `world_size`.
@@ -112,12 +115,16 @@ def make_plan(
     has_heap = on_cpu and world_size == 1 and platform.libc_ver()[0] == "glibc"
     threshold = os.environ.get("MALLOC_MMAP_THRESHOLD_", "")
     heap = GlibcHeap(int(threshold) if threshold.isdecimal() else None) if has_heap else None
-    # Only of the plan that is carried out, for it takes as long again.
-    heaps = (None, heap) if args.activation_checkpointing else (heap, None)
-    plain, checkpointed = (
-        plan_memory(planned, args, block_size, passes, world_size > 1, shards, checkpointing, placed)
-        for checkpointing, placed in zip((False, True), heaps, strict=True)
-    )
+    checkpointing = bool(args.activation_checkpointing)
+
+    def memory(recomputing: bool) -> MemoryPlan | None:
+        taken = recomputing is checkpointing
+        if not taken and not compare:
+            return None
+        # A heap only for the plan that is carried out, for it takes as long again.
+        placed = heap if taken else None
+        return plan_memory(planned, args, block_size, passes, world_size > 1, shards, recomputing, placed)
+
     on_gpu = (device or args.device.type) == args.device.type == "cuda"
     return RunPlan(
         parameters=parameters,
@@ -126,9 +133,9 @@ def make_plan(
         steps=steps,
         world_size=world_size,
         shards=shards,
-        checkpointing=bool(args.activation_checkpointing),
-        plain=plain,
-        checkpointed=checkpointed,
+        checkpointing=checkpointing,
+        plain=memory(False),
+        checkpointed=memory(True),
         peak=peak_for(args),
         capacity=torch.cuda.get_device_properties(args.device).total_memory if on_gpu else None,
     )
@@ -164,7 +171,9 @@ def describe(plan: RunPlan, mfu: float = 0.4) -> str:
         f"run     {plan.steps:,} steps x {plan.tokens_per_step:,} tokens = {_si(plan.tokens)} tokens, "
         f"{_si(plan.flops)}FLOP on {devices}",
         f"memory  {_si(memory.peak)}B per device{fits} ({shown}; not all at once)",
-        f"        that is {on} activation checkpointing; {off} it {_si(other.peak)}B",
+        f"        that is {on} activation checkpointing; {off} it {_si(other.peak)}B"
+        if other is not None
+        else f"        that is {on} activation checkpointing; --dry_run says how much {off} it",
     ]
     if memory.resident is not None:
         # Without holes a step of 50M takes 10.8 s of CPU instead of 9.1.

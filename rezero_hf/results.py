@@ -5,9 +5,10 @@ import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .errors import UserError
+from .markdown import join
 from .runs import read_metrics
 from .traces import scrub
 
@@ -39,29 +40,40 @@ def collect(run_dir: str | Path) -> dict[str, Any]:
     return scrub({**record, "recipe": recipe, "evaluations": evaluations})
 
 
-def collect_study(run_dir: str | Path) -> dict[str, Any]:
-    """The result of a study that was run whole (`scripts/reproduce.py`).
+def collect_result(run_dir: str | Path) -> dict[str, Any]:
+    """The result of a study (`scripts/reproduce.py`) or a benchmark (`scripts/benchmark.py`) that was run whole.
 
     Raises:
-        UserError: there is none, or its numbers are not worth keeping: a smoke run, or some rows alone.
+        UserError: there is none, or its numbers are not worth keeping: a smoke run, some rows alone, or a benchmark
+            without some of its arms.
     """
     path = Path(run_dir) / "result.json"
     result = json.loads(path.read_text(encoding="utf-8"))
     if result["size"] == "smoke":
         raise UserError(f"{run_dir} is a smoke run; its numbers mean nothing")
     if not result["complete"]:
-        raise UserError(f"{path} holds some rows alone; run the same command without --only")
+        missing = join([*result.get("left_out", ()), *result.get("failed", ())])
+        way_out = f"it lacks {missing}" if missing else "run the same command to its end, without --only"
+        raise UserError(f"{path} holds a part alone; {way_out}")
     return result
 
 
-def committed(folder: str | Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Committed runs and committed studies, in the order of their files' names.
+class Committed(NamedTuple):
+    """Committed results of each kind, in the order of their files' names."""
 
-    Args:
-        folder: `model_cards/results`.
-    """
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(folder).glob("*.json"))]
-    return [record for record in found if "rows" not in record], [record for record in found if "rows" in record]
+    runs: list[dict[str, Any]]
+    studies: list[dict[str, Any]]
+    benchmarks: list[dict[str, Any]]
+
+
+def committed(folder: str | Path) -> Committed:
+    """Every result in a folder, `model_cards/results`."""
+    found = Committed([], [], [])
+    for path in sorted(Path(folder).glob("*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        kind = "benchmarks" if "comparisons" in record else "studies" if "rows" in record else "runs"
+        getattr(found, kind).append(record)
+    return found
 
 
 def table(records: Iterable[dict[str, Any]]) -> str:

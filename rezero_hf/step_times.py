@@ -1,8 +1,7 @@
 """What a training step costs, form against form: all of them in one process, by turns.
 
-Runs of a study share the machine with each other and with whatever else it does, so their clocks do not compare. Here
-every form takes a step, then every form takes the next, and a slow minute slows all of them alike. On a CPU the clock
-is the time that one thread had its core, which is what it would take on an idle machine.
+Runs of a study share the machine with each other and with whatever else it does, so their clocks do not compare. On a
+CPU the clock is the time that one thread had its core, which is what it would take on an idle machine.
 """
 
 import time
@@ -17,10 +16,7 @@ from transformers import set_seed
 from .arguments import compute_dtype, optimizer_for
 from .experiments import MODELS, set_up
 from .recipe import Recipe
-
-
-# Enough turns for a steady median of small models; of large ones as many as the time allows, but never fewer than 3.
-MOST_TURNS = 25
+from .turns import by_turns
 
 
 def step_times(recipes: Mapping[str, Recipe], seconds: float = 60.0) -> dict[str, float]:
@@ -40,17 +36,8 @@ def step_times(recipes: Mapping[str, Recipe], seconds: float = 60.0) -> dict[str
     torch.set_num_threads(1)
     try:
         arms = {name: _Arm(recipe) for name, recipe in recipes.items()}
-        taken: dict[str, list[float]] = {name: [] for name in arms}
-        for arm in arms.values():
-            # The first makes the optimiser's state, the second meets it.
-            arm.step()
-            arm.step()
-        start = time.perf_counter()
-        for turn in range(MOST_TURNS):
-            if turn >= 3 and time.perf_counter() - start > seconds:
-                break
-            for name, arm in arms.items():
-                taken[name].append(arm.step())
+        # The first step makes the optimiser's state, the second meets it.
+        taken = by_turns({name: arm.step for name, arm in arms.items()}, seconds, warm_up=2)
     finally:
         torch.set_num_threads(before)
     return {name: median(times) for name, times in taken.items()}

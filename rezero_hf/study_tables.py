@@ -94,6 +94,7 @@ def study_card(result: dict[str, Any], figures: Iterable[str]) -> str:
     facts = {
         "command": f"`{result['command']}`",
         "size": result["size"],
+        "data": _data(result["data"]),
         "seeds": ", ".join(map(str, result["seeds"])),
         "device": "; ".join(result["device"]),
         "threads of a run": ", ".join(map(str, result["threads"])),
@@ -144,11 +145,26 @@ def studies_table(results: Iterable[dict[str, Any]]) -> str:
             ours["reported"] or "",
             f"{_headline(result, ours)} ({ours['label']}{where})",
             "" if best is None else f"{_headline(result, best)} ({best['label']})",
-            f"{result['size']}, {len(result['seeds'])}, {'; '.join(result['device'])}",
+            ", ".join(
+                [result["size"], str(len(result["seeds"])), "; ".join(result["device"]), *_lossy(result["data"])]
+            ),
             f"[{_main_figure(result)}]({page}/figures/{_main_figure(result)}.png)",
         ]
         lines.append(cells)
     return markdown_table(header, lines) or ""
+
+
+def _data(data: dict[str, Any]) -> str:
+    """What was trained and measured on, in a few words."""
+    if "sources" in data:
+        return ", ".join(source["source"] for source in data["sources"])
+    origin = {"files": ", from files on the machine", "hub": ""}.get(data["origin"]["kind"], "")
+    return "; ".join([f"{data['source']}{origin}", *_lossy(data)])
+
+
+def _lossy(data: dict[str, Any]) -> list[str]:
+    """A remark where images had lost detail before they were read: accuracy is a little below that on the originals."""
+    return ["images stored as JPEG"] if "JPEG" in data.get("formats", ()) else []
 
 
 def _main_figure(result: dict[str, Any]) -> str:

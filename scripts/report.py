@@ -1,6 +1,6 @@
 """Commit finished runs to `model_cards/results`, and write their numbers into the README and their recipes' headers.
 
-python scripts/report.py runs/quickstart runs/quickstart.1 runs/mlp_depth
+python scripts/report.py runs/quickstart runs/quickstart.1 runs/mlp_depth runs/benchmark
 """
 
 import json
@@ -10,10 +10,11 @@ from typing import Annotated
 
 import typer
 
+from rezero_hf.benchmark_report import benchmark_card, benchmark_section
 from rezero_hf.cli import run
 from rezero_hf.results import (
     collect,
-    collect_study,
+    collect_result,
     committed,
     measured_line,
     splice,
@@ -29,26 +30,29 @@ CARDS = Path("model_cards")
 
 def main(
     runs: Annotated[
-        list[Path] | None, typer.Argument(help="finished runs and studies; none only rewrites the README")
+        list[Path] | None, typer.Argument(help="finished runs, studies and benchmarks; none only rewrites the README")
     ] = None,
 ):
     results = CARDS / "results"
     results.mkdir(parents=True, exist_ok=True)
     for folder in runs or ():
-        study = (folder / "result.json").exists()
-        record = collect_study(folder) if study else collect(folder)
-        name = result_name(record) if study else f"{record['name']}-seed{record['seed']}"
-        (results / f"{name}.json").write_text(json.dumps(record, indent=None if study else 1) + "\n", encoding="utf-8")
+        whole = (folder / "result.json").exists()
+        record = collect_result(folder) if whole else collect(folder)
+        name = result_name(record) if whole else f"{record['name']}-seed{record['seed']}"
+        text = json.dumps(record, indent=None if whole else 1)
+        (results / f"{name}.json").write_text(text + "\n", encoding="utf-8")
         # The card and its pictures keep their places relative to each other.
-        card, source = CARDS / name, folder if study else folder / "model"
+        card, source = CARDS / name, folder if whole else folder / "model"
         shutil.rmtree(card, ignore_errors=True)
         card.mkdir()
         if (source / "figures").exists():
             shutil.copytree(source / "figures", card / "figures")
-        if not study:
+        if not whole:
             shutil.copyfile(source / "README.md", card / "README.md")
         print(f"{folder} -> {results / name}.json, {card}")
-    records, studies = committed(results)
+    records, studies, benchmarks = committed(results)
+    for result in benchmarks:
+        (CARDS / result_name(result) / "README.md").write_text(benchmark_card(result), encoding="utf-8")
     for result in studies:
         card = CARDS / result_name(result)
         figures = [path.name for path in (card / "figures").glob("*.png")]
@@ -59,7 +63,8 @@ def main(
         recipe.write_text(text, encoding="utf-8")
     readme = Path("README.md")
     text = splice(readme.read_text(encoding="utf-8"), table(records))
-    readme.write_text(splice(text, studies_table(studies), "studies"), encoding="utf-8")
+    text = splice(text, studies_table(studies), "studies")
+    readme.write_text(splice(text, benchmark_section(benchmarks), "benchmark"), encoding="utf-8")
 
 
 if __name__ == "__main__":

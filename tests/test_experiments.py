@@ -286,7 +286,7 @@ def test_an_image_recipe_is_not_for_the_pretraining_script(recipe):
 
 
 def test_steps_of_several_forms_are_timed_by_turns(recipe, data, monkeypatch):
-    """After two steps each, every form takes one before any takes its next; the caller's threads are as before."""
+    """Every form takes a step before any takes its next, backwards every other turn, after two of warm-up; the caller's threads are as before."""
     threads, taken = torch.get_num_threads(), []
 
     def watched(config):
@@ -300,6 +300,6 @@ def test_steps_of_several_forms_are_timed_by_turns(recipe, data, monkeypatch):
         for name, layers in {"shallow": 2, "deep": 4}.items()
     }
     found = step_times(forms, seconds=0.0)
-    assert taken == [2, 2, 4, 4] + [2, 4] * 3
+    assert taken == [2, 4] * 3 + [4, 2] + [2, 4]
     assert set(found) == {"shallow", "deep"} and all(seconds > 0 for seconds in found.values())
     assert torch.get_num_threads() == threads

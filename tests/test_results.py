@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from rezero_hf.benchmark_report import benchmark_card, benchmark_section
 from rezero_hf.errors import UserError
 from rezero_hf.results import (
     collect,
-    collect_study,
+    collect_result,
     committed,
     measured_line,
     splice,
@@ -86,15 +87,17 @@ def test_splicing_replaces_only_what_is_between_the_markers():
 
 def test_the_readmes_tables_are_made_from_the_committed_records():
     """Regenerated from `model_cards/results`, the README does not change: nothing in its tables was typed."""
-    records, studies = committed(ROOT / "model_cards" / "results")
+    records, studies, benchmarks = committed(ROOT / "model_cards" / "results")
     assert records
     readme = (ROOT / "README.md").read_text()
-    assert splice(splice(readme, table(records)), studies_table(studies), "studies") == readme
+    assert splice(readme, table(records)) == readme
+    assert splice(readme, studies_table(studies), "studies") == readme
+    assert splice(readme, benchmark_section(benchmarks), "benchmark") == readme
 
 
 def test_a_studys_page_is_made_from_its_committed_result():
     """And the result has every row of the recipe as it is now."""
-    for result in committed(ROOT / "model_cards" / "results")[1]:
+    for result in committed(ROOT / "model_cards" / "results").studies:
         card = ROOT / "model_cards" / result_name(result)
         figures = [path.name for path in (card / "figures").glob("*.png")]
         assert (card / "README.md").read_text() == study_card(result, figures)
@@ -104,17 +107,22 @@ def test_a_studys_page_is_made_from_its_committed_result():
         assert (result["seeds"], result["search"]) == (study.seeds, study.search)
 
 
-def test_a_study_that_is_no_result_is_refused(tmp_path):
-    """Smoke runs and single rows cannot replace a committed table."""
-    for changes, message in (({"size": "smoke"}, "smoke run"), ({"complete": False}, "some rows alone")):
+def test_a_benchmarks_page_is_made_from_its_committed_result():
+    for result in committed(ROOT / "model_cards" / "results").benchmarks:
+        assert (ROOT / "model_cards" / result_name(result) / "README.md").read_text() == benchmark_card(result)
+
+
+def test_a_study_or_benchmark_that_is_no_result_is_refused(tmp_path):
+    """Smoke runs and single rows or measures cannot replace a committed table."""
+    for changes, message in (({"size": "smoke"}, "smoke run"), ({"complete": False}, "a part alone")):
         (tmp_path / "result.json").write_text(json.dumps({"size": "cpu", "complete": True, **changes}))
         with pytest.raises(UserError, match=message):
-            collect_study(tmp_path)
+            collect_result(tmp_path)
 
 
 def test_a_recipes_header_says_what_its_committed_runs_reached():
     """Regenerated from the records, the header does not change."""
-    records, _ = committed(ROOT / "model_cards" / "results")
+    records = committed(ROOT / "model_cards" / "results").runs
     for name in {record["name"] for record in records}:
         recipe = (ROOT / "scripts" / "recipes" / f"{name}.yaml").read_text()
         assert with_measured_line(recipe, measured_line(records, name)) == recipe

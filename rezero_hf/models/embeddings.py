@@ -45,7 +45,7 @@ class ReZeroPositionEmbedding(nn.Embedding):
 
 
 class ReZeroRotaryEmbedding(nn.Module):
-    """Cosines and sines of rotary positions, each (batch, tokens, head_dim)."""
+    """Cosines and sines of rotary positions as `rotate` takes them, each (batch, 1, tokens, head_dim)."""
 
     def __init__(self, config: ReZeroConfig):
         super().__init__()
@@ -67,16 +67,14 @@ class ReZeroRotaryEmbedding(nn.Module):
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
-        angles = torch.cat((angles, angles), dim=-1)
+        angles = position_ids[:, None, :, None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
         cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
-        return cos.to(x.dtype), sin.to(x.dtype)
+        return torch.cat((cos, cos), dim=-1).to(x.dtype), torch.cat((-sin, sin), dim=-1).to(x.dtype)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Turn each pair (x_i, x_{i + head_dim/2}) of `x` (batch, heads, tokens, head_dim) by its position's angle."""
     # Under autocast the angles follow the fp32 stream and x is bf16: without the cast the products would be fp32,
     # which attention throws away again at once (a tenth of a training step on a CPU).
-    cos, sin = cos.unsqueeze(1).to(x.dtype), sin.unsqueeze(1).to(x.dtype)
     first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.addcmul(x * cos.to(x.dtype), torch.cat((second, first), dim=-1), sin.to(x.dtype))

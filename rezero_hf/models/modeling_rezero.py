@@ -57,6 +57,11 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
+def dropped(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """`x` with the module's dropout, which is not called in evaluation: doing nothing takes time, too."""
+    return module.dropout(x) if module.training else x
+
+
 class ReZeroAttention(nn.Module):
     """The attention branch F: multi-head or grouped-query self-attention, then dropout (authors' layer: `dropout1`)."""
 
@@ -75,8 +80,8 @@ class ReZeroAttention(nn.Module):
         self.v_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, width, bias=bias)
         self.o_proj.init_scale = config.output_init_scale
-        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(
@@ -91,10 +96,12 @@ class ReZeroAttention(nn.Module):
         """`project=False` leaves `o_proj` to the caller (`gating.py`)."""
         input_shape = hidden_states.shape[:-1]
         heads_shape = (*input_shape, -1, self.head_dim)
-        query = self.q_norm(self.q_proj(hidden_states).view(heads_shape)).transpose(1, 2)
-        key = self.k_norm(self.k_proj(hidden_states).view(heads_shape)).transpose(1, 2)
+        query = self.q_proj(hidden_states).view(heads_shape)
+        key = self.k_proj(hidden_states).view(heads_shape)
         value = self.v_proj(hidden_states).view(heads_shape).transpose(1, 2)
-
+        if self.q_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = query.transpose(1, 2), key.transpose(1, 2)
         if position_embeddings is not None:
             query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
         if past_key_values is not None:
@@ -114,7 +121,7 @@ class ReZeroAttention(nn.Module):
             **kwargs,
         )
         output = output.reshape(*input_shape, -1).contiguous()
-        return self.dropout(self.o_proj(output)) if project else output, weights
+        return dropped(self, self.o_proj(output)) if project else output, weights
 
 
 class ReZeroMLP(nn.Module):
@@ -130,8 +137,8 @@ class ReZeroMLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, project: bool = True) -> torch.Tensor:
         """`project=False` leaves `down_proj` to the caller (`gating.py`)."""
-        activated = self.dropout(self.activated(hidden_states))
-        return self.dropout(self.down_proj(activated)) if project else activated
+        activated = dropped(self, self.activated(hidden_states))
+        return dropped(self, self.down_proj(activated)) if project else activated
 
     def activated(self, x: torch.Tensor) -> torch.Tensor:
         return self.act_fn(self.up_proj(x))

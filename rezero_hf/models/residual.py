@@ -49,13 +49,15 @@ class Residual(nn.Module):
         self.branches = tuple(branches)
         self.gate_init = float(gate_init)
         if self.has_gate:
-            self.alpha = nn.Parameter(torch.full((1 if share_gate else len(self.branches),), self.gate_init))
+            # Branch -> place of its gate in alpha.
+            self.places = {branch: 0 if share_gate else place for place, branch in enumerate(self.branches)}
+            self.alpha = nn.Parameter(torch.full((1 + max(self.places.values()),), self.gate_init))
         if self.has_norm:
             self.norms = nn.ModuleDict({branch: make_norm() for branch in self.branches})
 
     def gate(self, branch: str, dtype: torch.dtype) -> torch.Tensor:
         """The gate of one branch as a scalar tensor in the stream's dtype."""
-        return self.alpha.to(dtype).expand(len(self.branches))[self.branches.index(branch)]
+        return self.alpha.to(dtype)[self.places[branch]]
 
     def forward(self, x: torch.Tensor, f: Callable[[torch.Tensor], torch.Tensor], branch: str) -> torch.Tensor:
         """Join branch `f`, called `branch`, to the stream `x` of shape (..., features); the shape is kept."""

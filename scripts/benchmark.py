@@ -1,0 +1,119 @@
+"""Measure training, generation, memory and start-up beside other libraries, by turns; write the table and the figure.
+
+python scripts/benchmark.py [--only decode_1] [--minutes 25] [--output runs/benchmark]      (make benchmark)
+
+Nothing else should run on the machine, though what compares are ratios of neighbours in time. It takes the minutes
+and two or three more. `--only` prints the table and writes nothing, unless it is told where. `--smoke` is ReZero beside
+GPT-2, tiny, for seconds.
+"""
+
+import json
+import os
+import sys
+import time
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from transformers.utils import logging
+
+from rezero_hf.benchmark_arms import ARMS, REFERENCE, SIZES, installed, parameters
+from rezero_hf.benchmark_cases import modes
+from rezero_hf.benchmark_report import benchmark_figure, benchmark_table
+from rezero_hf.benchmarks import LEAST, MEASURES, alone, chosen, compare, compare_imports
+from rezero_hf.cli import run
+from rezero_hf.errors import UserError
+from rezero_hf.runs import provenance
+from rezero_hf.strict import check_names
+
+
+def main(
+    only: Annotated[str | None, typer.Option(help=f"one of {', '.join(MEASURES)}")] = None,
+    output: Annotated[Path | None, typer.Option(help="where the result goes (default runs/benchmark)")] = None,
+    minutes: Annotated[float, typer.Option(min=0, help="about as long as all repeats take")] = 25.0,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda (default: an accelerator, if there is one)")] = None,
+    smoke: Annotated[bool, typer.Option("--smoke", help="tiny models, two arms, without import times")] = False,
+    part: Annotated[str | None, typer.Option(hidden=True)] = None,
+):
+    if only is not None:
+        check_names([only], MEASURES, "--only: measure")
+    here = torch.accelerator.current_accelerator() or torch.device("cpu")
+    where = torch.device("cpu") if device == "cpu" else here
+    if where.type not in SIZES or device not in (None, where.type):
+        raise UserError(f"--device {device or where.type}: take cpu, or cuda where there is one (here: {here.type})")
+    size = "smoke" if smoke else where.type
+    if output is None and only is None:
+        output = Path("runs") / ("benchmark" if size == "cpu" else f"benchmark-{size}")
+    if output and output.is_file():
+        raise UserError(f"--output {output} is a file; name a folder")
+    # torch's profiler tells when it starts and stops.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "9")
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+    names = [only] if only else [name for name in MEASURES if not (smoke and name == "import")]
+    arms, left_out = installed(ARMS)
+    arms = {arm.name: arm for arm in arms if not smoke or arm.name in (REFERENCE.name, "GPT-2")}
+    # Part -> about how many seconds a repeat of all of it takes.
+    parts = {
+        name: sum(MEASURES[each].turn for _, each in chosen(arm, names, modes(where))) for name, arm in arms.items()
+    }
+    parts = {name: turn for name, turn in parts.items() if turn}
+    if "import" in names:
+        parts["import"] = MEASURES["import"].turn
+
+    def measured(name):
+        seconds = 60 * minutes * parts[name] / sum(parts.values())
+        if name == "import":
+            return compare_imports(arms.values(), REFERENCE, seconds)
+        seconds, least = (0, 1) if smoke else (seconds, LEAST)
+        return compare(arms[name], REFERENCE, names, SIZES[size], where, seconds, least)
+
+    if part is not None:
+        # Alone in a process, which prints what was measured.
+        for row in measured(part):
+            print(json.dumps(row), flush=True)
+        return
+
+    result = {"name": "benchmark", "size": size, **provenance(where), "threads": torch.get_num_threads()}
+    result["versions"] |= {arm.package: metadata.version(arm.package) for arm in arms.values()}
+    result |= {"sizes": asdict(SIZES[size]), "left_out": left_out, "failed": {}, "comparisons": [], "complete": False}
+    result["arms"] = [
+        {word: getattr(arm, word) for word in ("name", "words", "peer", "package")}
+        | {"parameters": parameters(arm, SIZES[size])}
+        for arm in arms.values()
+    ]
+
+    def write():
+        if output:
+            output.mkdir(parents=True, exist_ok=True)
+            (output / "result.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
+
+    # Whatever happens from here on, an older result is not taken for this one.
+    write()
+    for name, package in left_out.items():
+        print(f"{name} is left out: pip install {package}")
+    start = time.perf_counter()
+    for name in parts:
+        print(f"{name} ...", flush=True)
+        rows, failed = (measured(name), None) if smoke else alone([sys.executable, *sys.argv, "--part", name])
+        result["comparisons"] += rows
+        result["failed"] |= {name: failed} if failed else {}
+        result["seconds"] = round(time.perf_counter() - start)
+        write()
+    result["complete"] = not (only or left_out or result["failed"])
+    write()
+    print(benchmark_table(result))
+    if output:
+        print(benchmark_figure(result, output / "figures" / "benchmark.png"))
+    if result["failed"]:
+        raise UserError("not measured: " + "; ".join(f"{name} ({why})" for name, why in result["failed"].items()))
+    if result["complete"] and not smoke:
+        print(f"commit it with: python scripts/report.py {output}")
+
+
+if __name__ == "__main__":
+    run(main)

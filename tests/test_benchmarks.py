@@ -1,0 +1,182 @@
+"""A benchmark's repeats cost what they cost, everything that it measures is recorded, and its script runs from start to end."""
+
+import json
+import runpy
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from rezero_hf import benchmarks
+from rezero_hf.benchmark_arms import ARMS, REFERENCE, SIZES, TRAINING
+from rezero_hf.benchmark_cases import Case, Mode, peak_allocation
+from rezero_hf.benchmarks import MEASURES, alone, chosen, compare, compare_imports
+from rezero_hf.errors import UserError
+from rezero_hf.results import collect_result
+
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+FP32, COMPILED = Mode("fp32", torch.float32), Mode("bf16, compiled", torch.bfloat16, compiled=True)
+
+
+def benchmark(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *map(str, words)])
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_path(str(ROOT / "scripts" / "benchmark.py"), run_name="__main__")
+    return exit.value.code
+
+
+def test_peak_allocation_is_what_was_alive_at_once():
+    """Bytes of tensors: two of 1 MB together, the 3 MB after they are gone, not the sum, and nothing from before."""
+    before = [torch.ones(2**18)]
+
+    def action():
+        a, b = torch.ones(2**18), torch.ones(2**18)
+        del a, b
+        before.clear()
+        return torch.ones(3 * 2**18)
+
+    assert peak_allocation(action, CPU) == 3 * 2**20
+
+
+def test_peak_memory_is_the_same_every_time():
+    first, again = (
+        next(compare(REFERENCE, REFERENCE, ["memory"], SIZES["smoke"], CPU, 0.0))["costs"] for _ in range(2)
+    )
+    assert first == again
+    assert first["arm"] == first["reference"]
+    assert len(first["arm"]) == 1
+
+
+def test_a_naive_gate_keeps_more():
+    """The two arms take different paths: the one keeps outputs of branches, and the other goes on not to."""
+    # Tokens enough for the gate to go on a matrix.
+    sizes = replace(SIZES["smoke"], hidden_size=32, batch=8)
+    naive = next(arm for arm in ARMS if arm.name == "ReZero, naive gate")
+    costs = [row["costs"] for row in compare(naive, REFERENCE, ["memory"], sizes, CPU, 0.0)]
+    assert all(each["arm"] > each["reference"] for each in costs)
+
+
+def test_what_is_switched_off_for_an_arm_is_off_while_it_works():
+    """`during` is entered around every step and left again."""
+    inside = []
+
+    class Off:
+        def __enter__(self):
+            inside.append(True)
+
+        def __exit__(self, *_):
+            inside.append(False)
+
+    case = Case(replace(REFERENCE, during=Off), SIZES["smoke"], FP32, CPU)
+    case.train(), case.memory(), case.prefill()
+    assert inside == [True, False] * 3
+
+
+def test_an_arm_is_compiled_for_no_more_than_it_takes_part_in():
+    arm = replace(REFERENCE, measures=("train", "load", "import"), compiled=(*TRAINING, "load"))
+    assert chosen(arm, MEASURES, [FP32, COMPILED]) == [(FP32, "train"), (FP32, "load"), (COMPILED, "train")]
+    assert chosen(replace(arm, compiled=()), ["train"], [COMPILED]) == []
+
+
+def test_imports_take_turns_all_together():
+    arms = [replace(REFERENCE, imports="import json"), replace(REFERENCE, name="other", imports="import json")]
+    rows = compare_imports([*arms, replace(arms[1], name="none", measures=TRAINING)], REFERENCE, 0.0)
+    assert [row["arm"] for row in rows] == ["ReZero", "other"]
+    assert rows[1]["costs"]["reference"] == rows[0]["costs"]["arm"]
+    assert len(rows[1]["costs"]["arm"]) == 6
+
+
+@pytest.mark.parametrize(
+    ("end", "failed"),
+    [
+        ("", None),
+        ("import os; os.abort()", "SIGABRT"),
+        ("raise OSError('no\\n  room')", "room"),
+        ("exit(3)", "no reason"),
+    ],
+)
+def test_rows_of_a_process_outlive_it(end, failed):
+    """What was finished counts; why the rest was not is the signal or the last line."""
+    text = f"print('a word'); print('{{\"arm\": 1}}', flush=True)\n{end}"
+    assert alone([sys.executable, "-c", text]) == ([{"arm": 1}], failed)
+
+
+def test_the_script_measures_everything_beside_its_limits(monkeypatch, tmp_path, capsys):
+    """Tiny, two arms: every measure in every mode; the table is printed; and it is no result to commit."""
+    assert benchmark(monkeypatch, "--smoke", "--output", tmp_path) == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert {"command", "started", "versions", "git", "device", "threads", "sizes", "seconds"} <= set(result)
+    assert [arm["name"] for arm in result["arms"]] == ["ReZero", "GPT-2"]
+    measured = [(row["arm"], row["measure"], row["mode"]) for row in result["comparisons"]]
+    both = [name for name in MEASURES if name not in ("load", "import")]
+    expected = {(arm, name, mode) for arm in ("ReZero", "GPT-2") for name in both for mode in ("fp32", "bf16")}
+    assert len(measured) == len(set(measured))
+    assert set(measured) == expected | {(arm, "load", "fp32") for arm in ("ReZero", "GPT-2")}
+    for row in result["comparisons"]:
+        assert set(row["limits"]) == set(MEASURES[row["measure"]].limits)
+        assert all(len(costs) == 1 for costs in (*row["costs"].values(), *row["limits"].values()))
+    assert (tmp_path / "figures" / "benchmark.png").stat().st_size > 5000
+    assert "| training, tokens/s | fp32 |" in capsys.readouterr().out
+    with pytest.raises(UserError, match="smoke run"):
+        collect_result(tmp_path)
+
+
+def test_an_arm_that_fails_is_named_and_the_others_are_kept(monkeypatch, tmp_path, capsys):
+    """The table has the others, the end is an error, and nothing can be committed, an older result neither."""
+    (tmp_path / "result.json").write_text('{"size": "cpu", "complete": true}')
+
+    def fake(command):
+        assert not json.loads((tmp_path / "result.json").read_text())["complete"]
+        costs = {"arm": [2.0] * 6, "reference": [1.0] * 6}
+        row = {"arm": command[-1], "measure": "load", "mode": "fp32", "costs": costs, "limits": {}}
+        row |= {"tokens": None, "flops": None, "peak_flops": None}
+        return ([], "SIGKILL") if command[-1] == "Llama" else ([row], None)
+
+    monkeypatch.setattr(benchmarks, "alone", fake)
+    monkeypatch.setitem(SIZES, "cpu", SIZES["smoke"])
+    assert benchmark(monkeypatch, "--device", "cpu", "--output", tmp_path) == 2
+    said = capsys.readouterr()
+    assert said.err.endswith("error: not measured: Llama (SIGKILL)\n")
+    assert "| load time, ms | fp32 | 1,000 |" in said.out
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert [row["arm"] for row in result["comparisons"]] == [
+        *(arm.name for arm in ARMS if arm.name != "Llama"),
+        "import",
+    ]
+    assert {"rezero", "x_transformers"} <= set(result["versions"])
+    with pytest.raises(UserError, match="a part alone; it lacks Llama"):
+        collect_result(tmp_path)
+
+
+def test_an_arm_by_itself_prints_what_it_measured(monkeypatch, capsys):
+    """How the script runs each arm in a process of its own."""
+    assert benchmark(monkeypatch, "--smoke", "--only", "memory", "--part", "GPT-2") == 0
+    rows = map(json.loads, capsys.readouterr().out.splitlines())
+    assert [(row["arm"], row["measure"], row["mode"]) for row in rows] == [
+        ("GPT-2", "memory", "fp32"),
+        ("GPT-2", "memory", "bf16"),
+    ]
+
+
+def test_one_measure_alone_is_printed_and_not_written(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert benchmark(monkeypatch, "--smoke", "--only", "first_token") == 0
+    assert "| time to first token, ms | fp32 |" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--only", "decode"), "--only: measure 'decode' is unknown"),
+        (("--output", __file__), f"--output {__file__} is a file; name a folder"),
+        (("--device", "tpu"), "--device tpu: take cpu, or cuda where there is one"),
+    ],
+)
+def test_bad_input_is_one_line(words, message, monkeypatch, capsys):
+    assert benchmark(monkeypatch, "--smoke", *words) == 2
+    assert f"error: {message}" in capsys.readouterr().err
