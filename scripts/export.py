@@ -25,7 +25,7 @@ def main(
     output: Annotated[Path, typer.Argument(help="where to; an earlier export there is replaced")],
 ):
     verify_checkpoint(checkpoint)
-    config = AutoConfig.from_pretrained(checkpoint)
+    config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
     model_class = described_class(config)
     shards = checkpoint / SHARDS
     if shards.is_dir():
@@ -37,11 +37,11 @@ def main(
             weights.setdefault(tied, weights[source])
         model.load_state_dict(weights)
     else:
-        model = model_class.from_pretrained(checkpoint)
+        model = model_class.from_pretrained(checkpoint, trust_remote_code=False)
     recipe = checkpoint.absolute().parents[1] / "recipe.yaml"
     export_folder(
         model,
-        AutoProcessor.from_pretrained(checkpoint),
+        AutoProcessor.from_pretrained(checkpoint, trust_remote_code=False),
         output,
         metrics=read_metrics(checkpoint / "metrics.jsonl") if (checkpoint / "metrics.jsonl").exists() else None,
         recipe_text=recipe.read_text(encoding="utf-8") if recipe.exists() else None,
