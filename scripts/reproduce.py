@@ -65,7 +65,8 @@ def main(
     shutil.rmtree(output / "figures", ignore_errors=True)
     for picture in draw(result, output / "figures"):
         print(picture)
-    print(f"commit it with: python scripts/report.py {output}")
+    if not smoke:
+        print(f"commit it with: python scripts/report.py {output}")
 
 
 def write(result: dict[str, Any], output: Path) -> None:
