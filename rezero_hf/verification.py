@@ -148,8 +148,8 @@ def _check_model(folder: Path, raw: dict) -> list[str]:
         return [*problems, f"config.json: describes no model that this version can build ({_line(error)})"]
     if model.can_generate() and config.get_text_config().use_cache is False:
         problems.append(
-            "config.json: use_cache is false; generation would be slow for every user (Trainer leaves it so): set it to "
-            "true, or write the folder with export_folder"
+            "config.json: use_cache is false; generation would be slow for every user (Trainer leaves it so): set it "
+            "to true, or write the folder with export_folder"
         )
     takes_images = model.main_input_name == "pixel_values"
     problems += _check_image_processor(folder, config) if takes_images else _check_tokenizer(folder, model)
