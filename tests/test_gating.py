@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.testing._internal.two_tensor import TwoTensor
 
+from rezero_hf import ReZeroForCausalLM
 from rezero_hf.models.gating import Branch, GatedLinear
 
 
@@ -167,3 +168,12 @@ def test_less_is_kept_for_the_backward_pass(tiny_model, rows):
         on_output = kept(model)
     config = model.config
     assert on_output - on_matrix == 2 * config.num_hidden_layers * rows.numel() * config.hidden_size * 4
+
+
+def test_a_model_without_data_runs(tiny_config):
+    """On the meta device, where tools count operations and shapes."""
+    with torch.device("meta"):
+        model = ReZeroForCausalLM(tiny_config()).train()
+        output = model(input_ids=torch.zeros(4, 32, dtype=torch.long), labels=torch.zeros(4, 32, dtype=torch.long))
+    output.loss.backward()
+    assert output.logits.shape == (4, 32, model.config.vocab_size)

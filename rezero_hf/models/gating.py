@@ -25,7 +25,8 @@ class Branch:
         self.module, self.last, self.words = module, last, words
 
     def __call__(self, x: torch.Tensor, **words: Any) -> torch.Tensor:
-        if torch.is_autocast_enabled(x.device.type):
+        # Tensors without data are not of a type that torch can ask for.
+        if not x.is_meta and torch.is_autocast_enabled(x.device.type):
             # Every product that takes x would make, and keep, a copy of its own.
             x = x.to(torch.get_autocast_dtype(x.device.type))
         output = self.module(x, **self.words, **words)
