@@ -16,6 +16,7 @@ from rezero_hf.checkpoints import verify_checkpoint
 from rezero_hf.cli import run
 from rezero_hf.descriptions import described_class
 from rezero_hf.export import export_folder
+from rezero_hf.opening import load_processor
 from rezero_hf.runs import read_metrics
 from rezero_hf.starting import SHARDS
 
@@ -41,7 +42,7 @@ def main(
     recipe = checkpoint.absolute().parents[1] / "recipe.yaml"
     export_folder(
         model,
-        AutoProcessor.from_pretrained(checkpoint, trust_remote_code=False),
+        load_processor(AutoProcessor, checkpoint, str(checkpoint), "tokenizer or image processor"),
         output,
         metrics=read_metrics(checkpoint / "metrics.jsonl") if (checkpoint / "metrics.jsonl").exists() else None,
         recipe_text=recipe.read_text(encoding="utf-8") if recipe.exists() else None,
