@@ -114,7 +114,14 @@ def chosen(arm: Arm, names: Iterable[str], modes: Iterable[Mode]) -> list[tuple[
 
 
 def compare(
-    arm: Arm, reference: Arm, names: list[str], sizes: Sizes, device: torch.device, seconds: float, least: int = LEAST
+    arm: Arm,
+    reference: Arm,
+    names: list[str],
+    sizes: Sizes,
+    device: torch.device,
+    seconds: float,
+    least: int = LEAST,
+    within: list[Mode] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Measure an arm and the reference by turns in this process.
 
@@ -122,13 +129,14 @@ def compare(
         names: of `MEASURES`.
         seconds: for all of it, models and warm-up included; what one measure leaves or overdraws is the next ones'.
         least: repeats of each, whatever the time.
+        within: the modes; default all that the device has.
 
     Yields:
         for every measure and mode its names, `costs` of `arm` and `reference` (seconds or bytes, one a repeat),
         `limits`, name -> costs of the arm's work at best, `tokens` and `flops` of a repeat where there are any, and
         `peak_flops`, the data sheet's, where it is known.
     """
-    deadline, todo, cases = time.perf_counter() + seconds, chosen(arm, names, modes(device)), {}
+    deadline, todo, cases = time.perf_counter() + seconds, chosen(arm, names, within or modes(device)), {}
     for place, (mode, name) in enumerate(todo):
         if mode not in cases:
             # The models of the mode before go.

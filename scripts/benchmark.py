@@ -1,10 +1,10 @@
 """Measure training, generation, memory and start-up beside other libraries, by turns; write the table and the figure.
 
-python scripts/benchmark.py [--only decode_1] [--minutes 25] [--output runs/benchmark]      (make benchmark)
+python scripts/benchmark.py [--only decode_1] [--mode bf16] [--minutes 25] [--output runs/benchmark]      (make benchmark)
 
 Nothing else should run on the machine, though what compares are ratios of neighbours in time. It takes the minutes
-and two or three more. `--only` prints the table and writes nothing, unless it is told where. `--smoke` is ReZero beside
-GPT-2, tiny, for seconds.
+and two or three more. `--only` and `--mode` print the table and write nothing, unless told where. `--smoke` is ReZero
+beside GPT-2, tiny, for seconds.
 """
 
 import json
@@ -32,6 +32,7 @@ from rezero_hf.strict import check_names
 
 def main(
     only: Annotated[str | None, typer.Option(help=f"one of {', '.join(MEASURES)}")] = None,
+    mode: Annotated[str | None, typer.Option(help="fp32, bf16 or, on a GPU, 'bf16, compiled'")] = None,
     output: Annotated[Path | None, typer.Option(help="where the result goes (default runs/benchmark)")] = None,
     minutes: Annotated[float, typer.Option(min=0, help="about as long as all repeats take")] = 25.0,
     device: Annotated[str | None, typer.Option(help="cpu or cuda (default: an accelerator, if there is one)")] = None,
@@ -44,8 +45,12 @@ def main(
     where = torch.device("cpu") if device == "cpu" else here
     if where.type not in SIZES or device not in (None, where.type):
         raise UserError(f"--device {device or where.type}: take cpu, or cuda where there is one (here: {here.type})")
+    within = {each.name: each for each in modes(where)}
+    if mode is not None:
+        check_names([mode], within, "--mode: mode")
+        within = {mode: within[mode]}
     size = "smoke" if smoke else where.type
-    if output is None and only is None:
+    if output is None and only is None and mode is None:
         output = Path("runs") / ("benchmark" if size == "cpu" else f"benchmark-{size}")
     if output and output.is_file():
         raise UserError(f"--output {output} is a file; name a folder")
@@ -59,7 +64,7 @@ def main(
     arms = {arm.name: arm for arm in arms if not smoke or arm.name in (REFERENCE.name, "GPT-2")}
     # Part -> about how many seconds a repeat of all of it takes.
     parts = {
-        name: sum(MEASURES[each].turn for _, each in chosen(arm, names, modes(where))) for name, arm in arms.items()
+        name: sum(MEASURES[each].turn for _, each in chosen(arm, names, within.values())) for name, arm in arms.items()
     }
     parts = {name: turn for name, turn in parts.items() if turn}
     if "import" in names:
@@ -70,7 +75,7 @@ def main(
         if name == "import":
             return compare_imports(arms.values(), REFERENCE, seconds)
         seconds, least = (0, 1) if smoke else (seconds, LEAST)
-        return compare(arms[name], REFERENCE, names, SIZES[size], where, seconds, least)
+        return compare(arms[name], REFERENCE, names, SIZES[size], where, seconds, least, [*within.values()])
 
     if part is not None:
         # Alone in a process, which prints what was measured.
@@ -104,7 +109,7 @@ def main(
         result["failed"] |= {name: failed} if failed else {}
         result["seconds"] = round(time.perf_counter() - start)
         write()
-    result["complete"] = not (only or left_out or result["failed"])
+    result["complete"] = not (only or mode or left_out or result["failed"])
     write()
     print(benchmark_table(result))
     if output:
