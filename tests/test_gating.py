@@ -13,7 +13,7 @@ from rezero_hf.models.gating import Branch, GatedLinear
 
 
 @contextmanager
-def gates_on_matrices(allowed=True):
+def products_with_gates(allowed=True):
     """Counts the products that take a gate; where that is not allowed, none may."""
     takes_gate = Branch.takes_gate if allowed else lambda *_: False
     with (
@@ -25,7 +25,7 @@ def gates_on_matrices(allowed=True):
 
 @pytest.fixture
 def rows():
-    """Enough tokens that a gate on the matrix is the cheaper."""
+    """Enough tokens that reading alpha's gradient off the matrix is the cheaper."""
     return torch.randint(0, 256, (4, 32), generator=torch.Generator().manual_seed(1))
 
 
@@ -40,7 +40,8 @@ def gradients(model, rows, **autocast):
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 def test_the_gated_product_has_the_gradients_of_its_formula(bias):
-    """First and second derivatives against finite differences, in double precision, at alpha 0 too."""
+    """Its value is the formula's, bit for bit, and its first and second derivatives agree with finite differences, in
+    double precision, at alpha 0 too."""
     torch.manual_seed(0)
     draw = {"dtype": torch.float64, "requires_grad": True}
     h, weight = torch.randn(2, 3, 4, **draw), torch.randn(5, 4, **draw)
@@ -49,7 +50,7 @@ def test_the_gated_product_has_the_gradients_of_its_formula(bias):
         alpha = torch.tensor(value, **draw)
         assert torch.equal(
             GatedLinear.apply(alpha, h, weight, b),
-            torch.nn.functional.linear(h, alpha * weight, None if b is None else alpha * b),
+            alpha * torch.nn.functional.linear(h, weight, b),
         )
         assert torch.autograd.gradcheck(GatedLinear.apply, (alpha, h, weight, b))
         assert torch.autograd.gradgradcheck(GatedLinear.apply, (alpha, h, weight, b))
@@ -72,27 +73,27 @@ def test_training_does_not_depend_on_where_the_gate_is(tiny_model, rows, changes
     model = tiny_model(**changes).double().train()
     if checkpointed:
         model.gradient_checkpointing_enable()
-    with gates_on_matrices() as taken:
+    with products_with_gates() as taken:
         on_matrix = gradients(model, rows)
     assert taken.call_count == 2 * model.config.num_hidden_layers * (2 if checkpointed else 1)
-    with gates_on_matrices(False) as taken:
+    with products_with_gates(False) as taken:
         on_output = gradients(model, rows)
     assert taken.call_count == 0
     torch.testing.assert_close(on_matrix, on_output, rtol=1e-10, atol=1e-12)
 
 
 def test_under_autocast_both_are_as_far_from_fp32(tiny_model, rows):
-    """The error of bf16 products, with the gate on the matrix, is that with the gate on the output."""
+    """The error of bf16 products that take the gate is that of products that do not."""
     model = tiny_model().train()
     exact = gradients(model, rows)
 
     def error(found):
         return {name: (found[name] - exact[name]).norm() / exact[name].norm() for name in exact}
 
-    with gates_on_matrices() as taken:
+    with products_with_gates() as taken:
         on_matrix = error(gradients(model, rows, enabled=True, dtype=torch.bfloat16))
     assert taken.call_count == 2 * model.config.num_hidden_layers
-    with gates_on_matrices(False):
+    with products_with_gates(False):
         on_output = error(gradients(model, rows, enabled=True, dtype=torch.bfloat16))
     for name in exact:
         assert on_matrix[name] < 2 * on_output[name] + 0.02, name
@@ -121,23 +122,23 @@ def watched(model):
     "change", [adapted, wrapped, watched, torch.nn.Module.eval], ids=lambda change: change.__name__
 )
 def test_a_last_product_that_is_more_than_itself_is_called_as_it_is(tiny_model, rows, change):
-    """Adapters, weights of another type, hooks and evaluation leave the gate on the output."""
+    """Beside adapters, weights of another type, hooks and evaluation the gate stays outside the product."""
     model = tiny_model().train()
-    with gates_on_matrices() as taken:
+    with products_with_gates() as taken:
         change(model)(input_ids=rows, labels=rows)
     assert taken.call_count == 0
 
 
 @pytest.mark.parametrize("words", [{"hidden_dropout": 0.1}, {"residual": "pre_norm"}], ids=["dropout", "no gate"])
 def test_dropout_after_the_product_leaves_the_gate_on_the_output(tiny_model, rows, words):
-    with gates_on_matrices() as taken:
+    with products_with_gates() as taken:
         tiny_model(**words).train()(input_ids=rows)
     assert taken.call_count == 0
 
 
 def test_few_tokens_leave_the_gate_on_the_output(tiny_model, rows):
-    """Scaling a matrix costs more than scaling fewer rows than it has."""
-    with gates_on_matrices() as taken:
+    """A matrix is longer to go through than fewer rows than it has."""
+    with products_with_gates() as taken:
         tiny_model().train()(input_ids=rows[:1, :16])
     assert taken.call_count == 0
 
@@ -162,9 +163,9 @@ def test_less_is_kept_for_the_backward_pass(tiny_model, rows):
         return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
 
     model = tiny_model().train()
-    with gates_on_matrices():
+    with products_with_gates():
         on_matrix = kept(model)
-    with gates_on_matrices(False):
+    with products_with_gates(False):
         on_output = kept(model)
     config = model.config
     assert on_output - on_matrix == 2 * config.num_hidden_layers * rows.numel() * config.hidden_size * 4

@@ -1,7 +1,7 @@
-"""What a gate costs: `alpha * F(x)`, with the gate on the last matrix of F instead of on its output where that is less.
+"""What a gate costs: `alpha * F(x)`, with alpha's gradient read off the last matrix of F instead of off its output.
 
-`alpha * (h W^T + b)` is `h (alpha W)^T + alpha b`: the same products, but no activation is scaled, and alpha's gradient
-is read off the matrix's, `<G, W>` with `G` the gradient at alpha W, instead of off an output that had to be kept.
+`alpha * (h W^T + b)` has `<G, W> + <g, b>` for alpha's gradient, with G and g those at W and b if alpha were 1. So the
+output need not be kept: it is scaled where it lies, and h, which W's gradient takes anyway, is all that a step keeps.
 """
 
 from collections.abc import Callable
@@ -37,7 +37,7 @@ class Branch:
         return self(x, project=False)
 
     def takes_gate(self, x: torch.Tensor) -> bool:
-        """Whether the gate may go on `last` for this input, and is cheaper there.
+        """Whether `last` may take the gate for this input, and is no slower with it.
 
         It has to be what it seems, a Linear whose own forward would be called with nothing around it: not sharded,
         quantised, adapted, offloaded or watched. Compilers fuse the plain form better.
@@ -47,7 +47,7 @@ class Branch:
             module.training
             and torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
-            # Fewer tokens than that, and scaling the matrix is the dearer of the two (measured on a CPU, fp32).
+            # Fewer tokens than that, and <G, W> takes longer than the output's own sum (measured on a CPU).
             and x.numel() >= 2 * x.shape[-1] * getattr(last, "out_features", torch.inf)
             and module.dropout.p == 0
             and _is_plain_linear(last)
@@ -56,7 +56,7 @@ class Branch:
 
 
 class GatedLinear(torch.autograd.Function):
-    """`alpha * (h W^T + b)`. Keeps h alone for the backward pass, which scales the matrix once more.
+    """`alpha * (h W^T + b)`, of which only h is kept.
 
     Shapes: alpha (), h (..., in), W (out, in), b (out,) or None. W and b may have another dtype than h (autocast), in
     which the product is.
@@ -66,8 +66,7 @@ class GatedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(alpha, h, weight, bias):
-        scaled = None if bias is None else (alpha * bias).to(h.dtype)
-        return nn.functional.linear(h, (alpha * weight).to(h.dtype), scaled)
+        return nn.functional.linear(h, *_as(h.dtype, weight, bias)).mul_(alpha)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -77,19 +76,18 @@ class GatedLinear(torch.autograd.Function):
     def backward(ctx, grad):
         alpha, h, weight, bias = ctx.saved_tensors
         rows = grad.flatten(0, -2)
-        # At alpha W and alpha b.
         at_weight = (rows.mT @ h.flatten(0, -2)).to(weight.dtype)
-        at_alpha = (at_weight * weight).sum()
-        at_bias = None
+        at_alpha, at_bias = _inner(at_weight, weight), None
         if bias is not None:
             at_bias = rows.sum(0).to(bias.dtype)
-            at_alpha = at_alpha + (at_bias * bias).sum()
-            at_bias = alpha * at_bias
-        return at_alpha.to(alpha.dtype), grad @ (alpha * weight).to(h.dtype), alpha * at_weight, at_bias
+            at_alpha, at_bias = at_alpha + _inner(at_bias, bias), alpha * at_bias
+        # In place, unless this is to be differentiated once more.
+        at_weight = alpha * at_weight if torch.is_grad_enabled() else at_weight.mul_(alpha)
+        return at_alpha.to(alpha.dtype), (alpha * grad) @ weight.to(h.dtype), at_weight, at_bias
 
 
 def gated(alpha: torch.Tensor, f: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """`alpha * f(x)`, by way of the matrix where `f` is a `Branch` that allows it; both are equal to rounding.
+    """`alpha * f(x)`; where `f` is a `Branch` that allows it, its last product takes the gate, with equal gradients.
 
     Args:
         alpha: the gate, 0-dimensional.
@@ -99,6 +97,14 @@ def gated(alpha: torch.Tensor, f: Callable[[torch.Tensor], torch.Tensor], x: tor
     if isinstance(f, Branch) and f.takes_gate(x):
         return GatedLinear.apply(alpha, f.inner(x), f.last.weight, f.last.bias)
     return alpha * f(x)
+
+
+def _as(dtype, *tensors):
+    return (tensor if tensor is None else tensor.to(dtype) for tensor in tensors)
+
+
+def _inner(a, b):
+    return torch.dot(a.flatten(), b.flatten())
 
 
 def _is_plain_linear(module: nn.Module) -> bool:
