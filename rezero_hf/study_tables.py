@@ -127,7 +127,7 @@ def studies_table(results: Iterable[dict[str, Any]]) -> str:
         "reported for ReZero",
         "ReZero here",
         "best other row",
-        "size, seeds, device",
+        "seeds, device",
         "figure",
     )
     lines = []
@@ -146,7 +146,12 @@ def studies_table(results: Iterable[dict[str, Any]]) -> str:
             f"{_headline(result, ours)} ({ours['label']}{where})",
             "" if best is None else f"{_headline(result, best)} ({best['label']})",
             ", ".join(
-                [result["size"], str(len(result["seeds"])), "; ".join(result["device"]), *_lossy(result["data"])]
+                [
+                    *(["full size"] if result["size"] == "full" else []),
+                    f"{len(result['seeds'])} seed{'s' if len(result['seeds']) > 1 else ''}",
+                    "; ".join(result["device"]),
+                    *_lossy(result["data"]),
+                ]
             ),
             f"[{_main_figure(result)}]({page}/figures/{_main_figure(result)}.png)",
         ]

@@ -1,6 +1,6 @@
 """Measure training, generation, memory and start-up beside other libraries, by turns; write the table and the figure.
 
-python scripts/benchmark.py [--only decode_1] [--mode bf16] [--minutes 25] [--output runs/benchmark]      (make benchmark)
+python scripts/benchmark.py [--only decode_1] [--mode bf16] [--minutes 25] [--output DIR]     (make benchmark)
 
 Nothing else should run on the machine, though what compares are ratios of neighbours in time. It takes the minutes
 and two or three more. `--only` and `--mode` print the table and write nothing, unless told where. `--smoke` is ReZero

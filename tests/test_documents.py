@@ -61,11 +61,11 @@ def test_a_snippet_runs_as_printed(workplace, monkeypatch, where):
 
 
 def test_every_module_and_script_is_in_the_tree_and_every_file_of_the_tree_exists():
-    named = set(re.findall(r"[\w.-]+\.(?:py|md|yaml|cff)\b", TREE))
+    named = set(re.findall(r"[\w.-]+\.(?:py|md|yaml|cff|svg)\b", TREE))
     package = {path.name for path in (ROOT / "rezero_hf").rglob("*") if path.suffix in (".py", ".md")}
     scripts = {path.name for path in (ROOT / "scripts").rglob("*") if path.suffix in (".py", ".yaml")}
     assert package | scripts <= named
-    guides = {path.name for path in (ROOT / "docs").iterdir()}
+    guides = {path.name for path in (ROOT / "docs").rglob("*.*")}
     assert named - package - scripts == guides | {"CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff"}
 
 

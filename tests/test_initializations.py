@@ -79,14 +79,18 @@ def test_zero_gamma_changes_only_the_last_gammas():
             assert torch.equal(value, zeroed[name]), name
 
 
-def test_default_statistics():
-    """Kaiming's normal rule with fan out in every convolution, norms 1, classifier of torch's own range, alpha `gate_init`."""
-    model = new("preact rezero", embedding_size=32, hidden_sizes=[32, 64], gate_init=0.25)
+@pytest.mark.parametrize("kind", ["rezero", "preact rezero"])
+def test_default_statistics(kind):
+    """Convolutions by Kaiming's normal rule (fan out), or torch's own in a PreAct net; norms 1, the classifier in torch's
+    own range, alpha `gate_init`."""
+    model = new(kind, embedding_size=32, hidden_sizes=[32, 64], depths=[2, 2], gate_init=0.25)
     for name, parameter in model.named_parameters():
         if name.endswith("alpha"):
             assert torch.equal(parameter, torch.full((1,), 0.25))
         elif parameter.ndim == 4:
-            assert std(parameter) == pytest.approx((2 / parameter[:, 0].numel()) ** 0.5, rel=0.15), name
+            fan_in, fan_out = parameter[0].numel(), parameter[:, 0].numel()
+            variance = 1 / (3 * fan_in) if kind.startswith("preact") else 2 / fan_out
+            assert std(parameter) == pytest.approx(variance**0.5, rel=0.15), name
         elif name.startswith("classifier"):
             assert 0.5 / 8 < parameter.abs().max() <= 1 / 8
         else:

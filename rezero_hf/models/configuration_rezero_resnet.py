@@ -45,7 +45,8 @@ class ReZeroResNetConfig(PreTrainedConfig):
         stem_batch_norm (`bool`, default None): BatchNorm after the stem of a `basic` net. None is on, with and without
             `batch_norm`, as in the authors' net without norms, but off for Fixup, which has none anywhere. The stem of
             a pre-activation net is a bare convolution.
-        initialization (default `"default"`): `default` draws convolutions with Kaiming's normal rule (fan out).
+        initialization (default `"default"`): `default` draws convolutions with Kaiming's normal rule (fan out), the
+            authors', and those of a pre-activation net with norms by torch's own, the usual code's.
             `zero_gamma` and `fixup` (`initializations.py`) are baselines for the `plain` form: the last BatchNorm of a
             branch, or its last convolution, starts at 0; `fixup` needs `batch_norm=False`.
 
