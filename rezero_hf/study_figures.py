@@ -1,5 +1,6 @@
 """Pictures of a study, drawn from its result: curves, times to the target, ends against depth, gates."""
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -17,6 +18,8 @@ from .toy_model import toy_landscape
 # Okabe and Ito's set, the ones that stay apart on white; dashes tell lines apart where colours repeat.
 COLOURS = (BLUE, VERMILION, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", GREY)
 DASHES = ("-", "--", ":", "-.")
+# Letters that a legend has room for across a figure, and what the line beside a label takes of them.
+LEGEND, HANDLE = 130, 8
 
 
 def draw(result: dict[str, Any], folder: str | Path) -> list[Path]:
@@ -105,7 +108,7 @@ def curves(rows: list[dict[str, Any]], metric: str, path: str | Path) -> Path:
             if len(line.get_ydata()) and min(line.get_ydata()) > cap:
                 line.set_label(f"{line.get_label()} (above)")
     axes[0].set_ylabel(f"validation, {UNITS[metric]}")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    _legend(figure, axes[0])
     return save(figure, path)
 
 
@@ -163,10 +166,25 @@ def depths(result: dict[str, Any], path: str | Path) -> Path:
             place = ax.get_xaxis_transform()
             ax.plot(high, [0.9] * len(high), "^", color=line.get_color(), transform=place, markersize=7)
     ax.grid(axis="y", color="#DDDDDD", linewidth=0.8)
-    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    _legend(figure, ax)
     return save(figure, path)
 
 
 def _line(number: int) -> dict[str, str]:
     """How the row of that number is drawn."""
     return {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number // len(COLOURS) % len(DASHES)]}
+
+
+def _legend(figure, ax) -> None:
+    """Below the axes, in as many columns as there is room for."""
+    handles, labels = ax.get_legend_handles_labels()
+
+    def width(columns: int) -> int:
+        return sum(max(map(len, part)) + HANDLE for part in _parts(labels, -(-len(labels) // columns)))
+
+    columns = next((columns for columns in (3, 2) if labels and width(columns) <= LEGEND), 1)
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
+
+
+def _parts(labels: Sequence[str], most: int) -> Iterator[Sequence[str]]:
+    return (labels[start : start + most] for start in range(0, len(labels), most))

@@ -153,3 +153,26 @@ def places(result: dict[str, Any]) -> dict[tuple, list[dict[str, Any]]]:
     for row in result["rows"]:
         found.setdefault(place_of(row), []).append(row)
     return found
+
+
+def ahead_from(ours: dict[str, Any], other: dict[str, Any], metric: str) -> int | None:
+    """The step from which on one row is better than another at every evaluation, with every seed by itself.
+
+    Returns:
+        the first such evaluation's step; None where the last one already is not.
+    """
+    sign = 1 if METRICS[metric] else -1
+    ahead: dict[int, bool] = {}
+    for mine, theirs in zip(ours["runs"], other["runs"], strict=True):
+        values = {point["step"]: point[metric] for point in finite(mine["curve"], metric)}
+        for point in theirs["curve"]:
+            # What diverged or is no number is behind.
+            found = sign * point[metric] if finite([point], metric) else math.inf
+            here = point["step"] in values and sign * values[point["step"]] < found
+            ahead[point["step"]] = ahead.get(point["step"], True) and here
+    first = None
+    for step in sorted(ahead, reverse=True):
+        if not ahead[step]:
+            break
+        first = step
+    return first

@@ -8,7 +8,7 @@ from typing import Any
 
 from .markdown import table as markdown_table
 from .studies import METRICS, short
-from .study_results import place_of, places, result_name
+from .study_results import ahead_from, place_of, places, result_name
 
 
 CARD = """# {item}
@@ -21,7 +21,7 @@ against the paper; it is of another size, so only the order of rows compares.
 
 {table}
 
-{pictures}
+{leads}{pictures}
 
 {how}
 
@@ -113,10 +113,30 @@ def study_card(result: dict[str, Any], figures: Iterable[str]) -> str:
         grown=GROWN if any(row.get("first") for row in result["rows"]) else "",
         item=result["item"],
         table=study_table(result),
+        leads=f"{leads}\n\n" if (leads := _leads(result)) else "",
         pictures=pictures,
         how=markdown_table(("how it was made", ""), facts),
         source=f"{result_name(result)}.json",
     )
+
+
+def _leads(result: dict[str, Any]) -> str | None:
+    """From which step on the row that the study is about is ahead of each other row, for good and with every seed."""
+    lines = []
+    for place, rows in places(result).items():
+        ours = next((row for row in rows if row["row"] == result["ours"]), None)
+        others = [row for row in rows if row is not ours and len(row["runs"][0]["curve"]) > 2]
+        if ours is None or ours["target"] is None or not others:
+            continue
+        where = "".join(f", {short(key)} {value}" for key, value in place)
+        first = min(point["step"] for point in ours["runs"][0]["curve"])
+        said = []
+        for row in others:
+            step = ahead_from(ours, row, result["metric"])
+            when = "the first evaluation on" if step is not None and step <= first else f"step {step} on"
+            said.append(f"of {row['label']} " + ("not even at the end" if step is None else f"from {when}"))
+        lines.append(f"{ours['label']}{where} is ahead for good and with every seed: {'; '.join(said)}.")
+    return "\n\n".join(lines) or None
 
 
 def studies_table(results: Iterable[dict[str, Any]]) -> str:

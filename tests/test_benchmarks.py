@@ -180,3 +180,18 @@ def test_one_measure_alone_is_printed_and_not_written(monkeypatch, tmp_path, cap
 def test_bad_input_is_one_line(words, message, monkeypatch, capsys):
     assert benchmark(monkeypatch, "--smoke", *words) == 2
     assert f"error: {message}" in capsys.readouterr().err
+
+
+def test_what_a_layer_costs_is_measured(monkeypatch, capsys):
+    """A step takes longer than its products alone, and holds what its layers keep."""
+    monkeypatch.setattr(sys, "argv", ["measure_depth.py", "--case", "MLP:2", "--seconds", "0"])
+    threads = torch.get_num_threads()
+    try:
+        with pytest.raises(SystemExit) as exit:
+            runpy.run_path(str(ROOT / "scripts" / "measure_depth.py"), run_name="__main__")
+    finally:
+        torch.set_num_threads(threads)
+    found = json.loads(capsys.readouterr().out)
+    assert exit.value.code == 0 and found["step"] > found["products"] > 0
+    # At least the input, the output and the gradient of two layers, in fp32.
+    assert found["peak"] > 2 * 3 * 4 * 128 * 150

@@ -11,7 +11,7 @@ from rezero_hf.flops import flops_per_token
 from rezero_hf.recipe import RecipeError, load_recipe
 from rezero_hf.studies import Cell, Row, Study, load_study, run_study, tune
 from rezero_hf.study_figures import draw
-from rezero_hf.study_results import first_at, summarise
+from rezero_hf.study_results import ahead_from, first_at, summarise
 from rezero_hf.study_tables import study_table
 from rezero_hf.tokenization import load_tokenizer
 
@@ -155,6 +155,21 @@ def test_two_studies_do_not_run_into_one_folder(tmp_path):
     (recipe,) = (path for path in STUDIES if path.stem == "mlp_depth")
     with FileLock(tmp_path / ".runs.lock"), pytest.raises(UserError, match="a study is being run there"):
         run_study(recipe, load_study(recipe), tmp_path / "runs")
+
+
+def test_ahead_means_for_good_and_with_every_seed():
+    """A lead that one seed loses for a while begins where it has it back; what has diverged is behind."""
+
+    def row(*curves):
+        return {"runs": [{"curve": [{"step": 10 * (k + 1), "loss": v} for k, v in enumerate(c)]} for c in curves]}
+
+    ours, other = row([5, 3, 2, 1], [5, 3, 2, 1]), row([6, 4, 3, 2], [6, 4, 1.5, 2])
+    assert ahead_from(ours, other, "loss") == 40
+    assert ahead_from(ours, row([6, 4, 3, 2], [6, 4, 3, float("nan")]), "loss") == 10
+    assert ahead_from(other, ours, "loss") is None
+    # Of accuracy more is better.
+    accuracy = [{"runs": [{"curve": [{"step": 10, "accuracy": value}]}]} for value in (0.7, 0.6)]
+    assert ahead_from(*accuracy, "accuracy") == 10
 
 
 def test_a_target_is_read_between_two_evaluations():

