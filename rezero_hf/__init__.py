@@ -40,6 +40,7 @@ _LAZY = {
     "input_output_jacobian": "diagnostics",
     "load_recipe": "recipe",
     "make_optimizer": "optim",
+    "pack_for_decoding": "layout",
     "parameter_groups": "optim",
     "prune_layers": "pruning",
     "signal_norms": "diagnostics",

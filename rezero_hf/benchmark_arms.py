@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from .layout import pack_for_decoding
 from .models import ReZeroConfig, ReZeroForCausalLM
 from .models.gating import Branch
 from .surgery import fold_gates
@@ -68,6 +69,7 @@ class Arm:
         compiled: those of them that it takes part in compiled.
         peer: what a user would take instead, not a relative of ours.
         during: entered around every step of it; what switches a faster implementation off, say.
+        prepare: what is done to a loaded model before it generates.
     """
 
     name: str
@@ -79,6 +81,7 @@ class Arm:
     compiled: tuple[str, ...] = (*TRAINING, "decode_1", "decode_8")
     peer: bool = False
     during: Callable[[], AbstractContextManager] = nullcontext
+    prepare: Callable[[nn.Module], nn.Module] | None = None
 
     def logits(self, model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
         """Of every token of `ids` (batch, tokens): (batch, tokens, vocabulary)."""
@@ -220,8 +223,9 @@ ARMS = (
     ),
     ReZeroArm(
         name="ReZero, folded",
-        words="after `fold_gates`, for generation",
+        words="for generation, after `fold_gates` and, on a CPU, `pack_for_decoding`",
         build=_folded,
+        prepare=pack_for_decoding,
         imports=OURS,
         measures=(*GENERATION, "load"),
     ),

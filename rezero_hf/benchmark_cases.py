@@ -64,11 +64,13 @@ class Case:
     def writer(self) -> nn.Module:
         set_seed(0)
         model = self.arm.build(self.sizes, self.sizes.generation_layers).to(self.device).eval()
-        if not isinstance(model, PreTrainedModel):
-            return model.to(self.mode.dtype)
-        # Loaded as a user loads it: what stays fp32 in a 16-bit model, stays so here.
-        model.save_pretrained(self.folder.name)
-        return self._load(type(model)).to(self.device)
+        if isinstance(model, PreTrainedModel):
+            # Loaded as a user loads it: what stays fp32 in a 16-bit model, stays so here.
+            model.save_pretrained(self.folder.name)
+            model = self._load(type(model)).to(self.device)
+        else:
+            model = model.to(self.mode.dtype)
+        return self.arm.prepare(model) if self.arm.prepare else model
 
     def _load(self, kind: type[PreTrainedModel]) -> PreTrainedModel:
         return kind.from_pretrained(self.folder.name, dtype=self.mode.dtype)
