@@ -138,7 +138,7 @@ def _rows(where: str, table: Any, text_column: str, label_column: str) -> Iterat
         text, label, place = row[text_column], row[label_column], f"{where}, row {number}"
         words = text if isinstance(text, list) else [text]
         if not words or not all(isinstance(word, str) and word for word in words):
-            raise DataError(f"{place}: {text_column} is {str(text)[:40]!r}, not text; leave such rows out")
+            raise DataError(f"{place}: {text_column} is {repr(text)[:40]}, not text; leave such rows out")
         if isinstance(text, list) != isinstance(label, list) or len(words) != len(_each(label)):
             raise DataError(f"{place}: {label_column} has to be one label for each string of {text_column}")
         if any(each is None or each == -1 for each in _each(label)):

@@ -34,8 +34,8 @@ TIMED = (
 )
 GROWN = " FLOP and seconds of a row that began with another run's model include that run's."
 BEGUN = (
-    " A row with `init_from.path` begins with the model of a run made once, untuned; its FLOP and "
-    "seconds are not in the row's: {bases}."
+    " A row that begins from a base begins with the model of a run made once, untuned, whose FLOP and seconds are not "
+    "the row's: {bases}."
 )
 NOT_TUNED = "Rows were not tuned and have the same words but for what they are: this is not about where they end."
 NUMBER = re.compile(r"(\d+)")

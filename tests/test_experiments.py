@@ -54,7 +54,10 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     (folder / "text.txt").write_text("".join(f"line {n} says {n * n}\n" for n in range(600)))
     cache = f"data.cache_dir={folder / 'cache'}"
-    return {"rezero": [cache, f"data.sources={folder / 'text.txt'}"], "rezero_mlp": [cache], "rezero_resnet": [cache]}
+    rows = [{"text": f"def f{n}(x):", "label": n % 2} for n in range(40)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = [cache, f"data.sources={folder / 'text.txt'}", f"task.data={folder / 'rows.jsonl'}"]
+    return {"rezero": text, "rezero_mlp": [cache], "rezero_resnet": [cache]}
 
 
 @pytest.mark.parametrize(("path", "cell"), ROWS, ids=lambda value: getattr(value, "stem", None) or value.name)
@@ -64,6 +67,8 @@ def test_a_row_of_a_committed_study_runs_small(path, cell, data, tmp_path):
     kind = load_recipe(path).model_type
     # Depth is for the real thing.
     shallow = [] if kind == "rezero_resnet" else ["model.num_hidden_layers=3"]
+    # Beginning from a base has a test of its own.
+    shallow += ["init_from.path=null"] if study.base_of(cell) else []
     recipe, first = (
         None if said is None else load_recipe(path, [*said, *shallow, *data[kind], "training.max_steps=2"], smoke=True)
         for said in (cell.overrides({}), cell.first({}))
@@ -187,6 +192,36 @@ def test_a_row_in_two_parts_ends_as_one_in_one(text_recipe, data, tmp_path, monk
     assert len({line.split("|")[5] for line in study_table(result).splitlines()[2:]}) == 1
     assert "began with another run's model" in study_card(result, [])
     assert next(path.name for path in draw(result, tmp_path)) == "curves.png"
+
+
+def test_rows_begin_from_a_base_that_is_made_once(text_recipe, data, tmp_path, monkeypatch):
+    """The base is trained once; a row with its own task takes over the network's weights, and counts from 0."""
+    path = Path(text_recipe().path)
+    base = {"task.name": None, "training.max_steps": 4, "training.learning_rate": 0.1}
+    rows = {
+        "scratch": {"label": "scratch"},
+        "held": {"label": "held", "set": {"init_from.path": "base", "training.gate_lr_multiplier": 0.0}},
+    }
+    study = {"item": "a test", "metric": "accuracy", "seeds": [0, 1], "rows": rows, "bases": {"base": base}}
+    path.write_text(path.read_text() + f"task: {{name: sequence-classification}}\nstudy: {json.dumps(study)}\n")
+    monkeypatch.setattr(studies, "ProcessPoolExecutor", lambda jobs, *_, **__: ThreadPoolExecutor(jobs))
+    monkeypatch.setattr(studies, "parent_process", threading.main_thread)
+    trained, train = [], ReZeroTrainer.train
+    watched = lambda trainer, **kwargs: trained.append(type(trainer.model).__name__) or train(trainer, **kwargs)  # noqa: E731
+    monkeypatch.setattr(ReZeroTrainer, "train", watched)
+    study = load_study(path)
+    runs = run_study(path, study, tmp_path / "runs", overrides=tuple(data["rezero"]))
+    assert trained == ["ReZeroForCausalLM"] + ["ReZeroForSequenceClassification"] * 4
+    base = json.loads((tmp_path / "runs" / "bases" / "base" / "run.json").read_text())
+    ended = base["alpha"][-1]["alpha"]
+    assert all(abs(value[0] - 0.5) > 1e-3 for value in ended.values())
+    assert [each["alpha"] for run in runs["held"] for each in run["alpha"]] == [ended] * 6
+    assert {run["steps"] for row in runs.values() for run in row} == {6}
+    card = study_card(summarise("text", "cpu", study, runs), [])
+    assert "`base` (task.name None, training.max_steps 4, training.learning_rate 0.1)" in card
+    with pytest.raises(UserError, match=r"base 'bse' is unknown; did you mean 'base'"):
+        path.write_text(path.read_text().replace('path": "base', 'path": "bse'))
+        load_study(path)
 
 
 def test_what_another_run_begins_from_is_kept_for_as_long_as_it_is_needed(text_recipe, tmp_path, monkeypatch):
