@@ -30,10 +30,11 @@ from .models import (
     ReZeroMLPForImageClassification,
     ReZeroResNetForImageClassification,
 )
+from .opening import find, load_config
 from .optim import OptimizerName, gates
 from .recipe import Recipe, changed_words
 from .runs import now, provenance, read_metrics
-from .starting import Beginning, InitFrom, begin
+from .starting import Beginning, InitFrom, begin, load_whole
 from .surgery import changed
 from .tasks import labelled_rows
 from .tokenization import load_tokenizer, token_byte_lengths
@@ -188,10 +189,15 @@ def run_experiment(
 
 
 def _begin(init_from: InitFrom, recipe: Recipe, config: PreTrainedConfig, optimizer: OptimizerName) -> Beginning:
-    """The model of any family, new, or a language model that is there."""
+    """The model of any family, new or with what is there."""
     model_class = MODELS[recipe.model_type] if recipe.task.name is None else HEADS[recipe.task.name]
     if init_from.path is None:
         return Beginning(model_class(config))
+    if recipe.model_type != "rezero":
+        folder, called = find(init_from.path)[0], f"init_from.path={init_from.path}"
+        load_config(folder, called)
+        words = {"config": config, "dtype": torch.float, "local_files_only": True, "trust_remote_code": False}
+        return Beginning(load_whole(folder, model_class, called, new_head=True, **words).train())
     return begin(init_from, config, optimizer, load_tokenizer(recipe.data.tokenizer), model_class=model_class)
 
 

@@ -216,9 +216,9 @@ def load_recipe(
     if init_from != InitFrom():
         if init_from.path is None:
             raise RecipeError(f"{path}: init_from.grow_to={init_from.grow_to} needs init_from.path, what is to grow.")
-        if model_type != "rezero":
-            raise RecipeError(f"{path}: init_from is for language models.")
         if init_from.grow_to is not None:
+            if model_type != "rezero":
+                raise RecipeError(f"{path}: init_from.grow_to is for language models.")
             model["num_hidden_layers"] = init_from.grow_to
     task = TaskConfig(**checked(document["task"], TaskConfig, f"{path}: task"))
     if task.name is not None and model_type != "rezero":

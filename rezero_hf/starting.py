@@ -41,7 +41,9 @@ UNREADABLE = (OSError, ValueError, RuntimeError, ImportError, SafetensorError, S
 
 @dataclass
 class InitFrom:
-    """What a run of a language model starts from instead of random weights.
+    """What a run starts from instead of random weights.
+
+    A network for images takes over the weights alone, and not those of a head for another number of classes.
 
     Args:
         path: a training checkpoint or an export on this machine, or the model at the root of `ORG/NAME` or
