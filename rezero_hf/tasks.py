@@ -112,7 +112,7 @@ def labelled_rows(
 
     Args:
         task: what to read, and for which head.
-        tokenizer: the model's. It pads on the right from now on: both heads look backwards only.
+        tokenizer: the model's. It pads on the right from now on, so that positions count from the first token.
         most: tokens of a row; what is beyond them is cut off.
         cache_dir: as `DataConfig`'s.
 

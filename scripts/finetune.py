@@ -34,7 +34,7 @@ from rezero_hf.training import ReZeroTrainer, steps_over
 
 Name = StrEnum("Name", list(TASKS))
 Gates = StrEnum("Gates", ["trained", "held"])
-# A tenth of what pretraining takes, and more for adapters, which start at 0; three passes, linear decay.
+# About a tenth of what pretraining takes, and more for adapters, which start at 0; three passes, linear decay.
 DEFAULTS = {"learning_rate": 3e-4, "num_train_epochs": 3.0, "eval_strategy": "steps", "eval_steps": 0.1}
 DEFAULTS |= {"save_strategy": "no", "warmup_steps": 0.05, "seed": 0}
 LORA_RATE = 1e-3
