@@ -23,11 +23,20 @@ from .durable import write_whole
 from .errors import UserError
 from .flops import flops_per_image, flops_per_token
 from .image_data import EvalImages, TrainImages, accuracy_metrics, prepare_images
-from .models import ReZeroForCausalLM, ReZeroMLPForImageClassification, ReZeroResNetForImageClassification
+from .models import (
+    ReZeroForCausalLM,
+    ReZeroForSequenceClassification,
+    ReZeroForTokenClassification,
+    ReZeroMLPForImageClassification,
+    ReZeroResNetForImageClassification,
+)
+from .opening import find, load_config
 from .optim import OptimizerName, gates
 from .recipe import Recipe, changed_words
 from .runs import now, provenance, read_metrics
-from .starting import Beginning, InitFrom, begin
+from .starting import Beginning, InitFrom, begin, load_whole
+from .surgery import changed
+from .tasks import labelled_rows
 from .tokenization import load_tokenizer, token_byte_lengths
 from .training import ReZeroTrainer, steps_over, training_steps
 from .watch import NotFiniteError
@@ -38,6 +47,11 @@ MODELS = {
     "rezero": ReZeroForCausalLM,
     "rezero_resnet": ReZeroResNetForImageClassification,
     "rezero_mlp": ReZeroMLPForImageClassification,
+}
+# The same of a language model's task.
+HEADS = {
+    "sequence-classification": ReZeroForSequenceClassification,
+    "token-classification": ReZeroForTokenClassification,
 }
 # What of an evaluation's row is kept: the gates are kept once, and what was measured on is the same every time.
 CURVE = ("loss", "bits_per_byte", "accuracy")
@@ -73,6 +87,7 @@ def run_experiment(
     signal: bool = False,
     gates_off: bool = False,
     first: Recipe | None = None,
+    base: str | Path | None = None,
     keep: bool = False,
 ) -> dict[str, Any]:
     """Train one model and measure it.
@@ -88,6 +103,8 @@ def run_experiment(
         first: a run to make before, in the folder `FOLDER,first`. This one begins with its model, its optimiser's state
             and the data after its own, whatever `recipe.init_from.path` says, and steps, FLOP, seconds and curve count
             on from it. If it diverges, its record is this one's.
+        base: the folder of a finished run that was made with `keep`. This one begins with its model, whatever
+            `recipe.init_from.path` says, and counts from 0.
         keep: have a checkpoint of the last step, and leave it there: another run begins from it. A finished run without
             one is repeated.
 
@@ -108,6 +125,8 @@ def run_experiment(
     known = _finished(folder, resolved, {"signal": signal, "gates_off": gates_off}, keep)
     resumes = known is None and _is_interrupted(folder, resolved)
     before, init_from = NOTHING, recipe.init_from
+    if base is not None:
+        init_from = replace(init_from, path=str(newest_complete(Path(base) / "checkpoints")[0]))
     if first is not None:
         place = folder.with_name(f"{folder.name},first")
         # Looked at in any case: another first run would make this one another, too.
@@ -170,10 +189,16 @@ def run_experiment(
 
 
 def _begin(init_from: InitFrom, recipe: Recipe, config: PreTrainedConfig, optimizer: OptimizerName) -> Beginning:
-    """The model of any family, new, or a language model that is there."""
+    """The model of any family, new or with what is there."""
+    model_class = MODELS[recipe.model_type] if recipe.task.name is None else HEADS[recipe.task.name]
     if init_from.path is None:
-        return Beginning(MODELS[recipe.model_type](config))
-    return begin(init_from, config, optimizer, load_tokenizer(recipe.data.tokenizer))
+        return Beginning(model_class(config))
+    if recipe.model_type != "rezero":
+        folder, called = find(init_from.path)[0], f"init_from.path={init_from.path}"
+        load_config(folder, called)
+        words = {"config": config, "dtype": torch.float, "local_files_only": True, "trust_remote_code": False}
+        return Beginning(load_whole(folder, model_class, called, new_head=True, **words).train())
+    return begin(init_from, config, optimizer, load_tokenizer(recipe.data.tokenizer), model_class=model_class)
 
 
 def _course(trainer: ReZeroTrainer, seconds: float, flops: int, before: dict[str, Any]) -> dict[str, Any]:
@@ -209,6 +234,8 @@ def set_up(recipe: Recipe, args: ReZeroTrainingArguments) -> Setting:
     Raises:
         UserError: the data cannot be had, or give no step.
     """
+    if recipe.task.name is not None:
+        return _labelled(recipe, args)
     return _text(recipe, args) if recipe.model_type == "rezero" else _images(recipe, args)
 
 
@@ -258,6 +285,18 @@ def _text(recipe: Recipe, args: ReZeroTrainingArguments) -> Setting:
         lambda model: length * flops_per_token(config, length),
         prepared.record(),
     )
+
+
+def _labelled(recipe: Recipe, args: ReZeroTrainingArguments) -> Setting:
+    tokenizer, length = load_tokenizer(recipe.data.tokenizer), recipe.data.block_size
+    rows = labelled_rows(recipe.task, tokenizer, length, recipe.data.cache_dir)
+    config = changed(recipe.model_config(tokenizer), id2label=rows.id2label)
+    args.max_steps = steps_over(args, rows.rows)
+    words = {"train_dataset": rows.train(args.seed, args.max_steps * sequences_per_step(args)), **rows.words}
+    words["eval_dataset"] = rows.held_out["validation"]
+    # As if every row were as long as it may be: the same for all rows of a table.
+    flops = length * flops_per_token(config, length)
+    return Setting(config, words, rows.held_out, lambda model: flops, rows.record)
 
 
 def _images(recipe: Recipe, args: ReZeroTrainingArguments) -> Setting:

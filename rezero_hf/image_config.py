@@ -53,6 +53,8 @@ class ImageDataConfig:
         config_name, revision: of a Hub data set. Default: its default one, and the commit `revision` points to now;
             of CIFAR-10 a fixed commit, which needs no network once prepared.
         image_column, label_column: default: the only columns of the types `Image` and `ClassLabel`.
+        classes: numbers of those to use, which become 0, 1 and so on in this order; images of others are left out.
+            Default: all.
         validation_size: images held out of the training split, evenly from every class and the same for every seed,
             if the source has no validation split. Default: a tenth, 5000 of CIFAR-10 as in He et al. 2015. 0 trains on
             all, as the paper does.
@@ -70,6 +72,7 @@ class ImageDataConfig:
     revision: str | None = None
     image_column: str | None = None
     label_column: str | None = None
+    classes: list[int] | None = None
     validation_size: int | None = None
     test_size: int | None = None
     augmentation: str = "crop_flip"
@@ -94,6 +97,8 @@ class ImageDataConfig:
         for name in ("validation_size", "test_size"):
             if (size := getattr(self, name)) is not None and size < 0:
                 raise DataError(f"data.{name} is {size}: it must be at least 0, or left out for a tenth")
+        if self.classes is not None and not 1 < len(self.classes) == len(set(self.classes)):
+            raise DataError(f"data.classes is {self.classes}: name two or more, each once, or leave it out for all")
         normalization = f"data.mean is {self.mean} and data.std is {self.std}"
         if (self.mean is None) != (self.std is None) or len(self.mean or []) != len(self.std or []):
             raise DataError(f"{normalization}: set both, one number for each channel, or neither")

@@ -89,14 +89,30 @@ class PreparedImages:
                 f"data.path holds images of shape {self.index['shape']} in {self.num_labels} classes, which is not "
                 f"{config.source}: say in data.source what they are"
             )
+        self._numbers = self._choose_classes(config.classes)
         self._rows = self._split_rows()
         self.mean, self.std = self._normalization()
+
+    def _choose_classes(self, classes: list[int] | None) -> np.ndarray:
+        """The number of each stored class, -1 of those that are left out."""
+        numbers = np.arange(self.num_labels)
+        if classes is not None:
+            if not set(classes) <= set(self.id2label):
+                raise DataError(f"data.classes is {classes}, but {self.config.source} has 0 to {self.num_labels - 1}")
+            numbers[:] = -1
+            numbers[classes] = np.arange(len(classes))
+            self.id2label = {new: self.id2label[old] for new, old in enumerate(classes)}
+            self.num_labels = len(classes)
+        return numbers
 
     def _split_rows(self) -> dict[str, tuple[str, np.ndarray]]:
         """For each split, the stored split its images are in and which ones of it."""
         stored = {split: entry["images"] for split, entry in self.index["splits"].items()}
-        rows = {split: (split, np.arange(images)) for split, images in stored.items()}
-        order = _held_out_order(read_labels(self.folder, "train"))
+        labels = {split: self._numbers[read_labels(self.folder, split)] for split in stored}
+        rows = {split: (split, np.flatnonzero(found >= 0)) for split, found in labels.items()}
+        kept = rows["train"][1]
+        order = kept[_held_out_order(labels["train"][kept])]
+        tenth = len(kept) // 10
         # The test images first: they stay the same when another number is held out for validation.
         for split in ("test", "validation"):
             field, size = f"{split}_size", getattr(self.config, f"{split}_size")
@@ -107,7 +123,7 @@ class PreparedImages:
                         "own: leave it out"
                     )
                 continue
-            size = stored["train"] // 10 if size is None else size
+            size = tenth if size is None else size
             if size >= len(order):
                 raise DataError(f"data.{field} is {size} of {len(order)} images and leaves none to train on: lower it")
             rows[split], order = ("train", np.sort(order[:size])), order[size:]
@@ -129,7 +145,9 @@ class PreparedImages:
         if split not in SPLITS:
             raise DataError(f"split {split!r} does not exist: use one of {', '.join(SPLITS)}")
         stored, rows = self._rows[split]
-        return ImageSplit(self.folder, stored, self.index["shape"], rows)
+        found = ImageSplit(self.folder, stored, self.index["shape"], rows)
+        found.labels = self._numbers[found.labels]
+        return found
 
     def verify(self) -> None:
         """Read every file and compare its sha256 with the recorded one. Raises a `DataError` if one differs."""
@@ -154,7 +172,7 @@ class PreparedImages:
             "formats": self.index["formats"],
             "notice": known.notice if known else None,
             "shape": self.index["shape"],
-            "classes": self.index["classes"],
+            "classes": list(self.id2label.values()),
             "stored": self.index["splits"],
             "splits": {split: len(self._rows[split][1]) for split in SPLITS},
             "augmentation": self.config.augmentation,

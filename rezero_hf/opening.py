@@ -80,7 +80,7 @@ def open_model(name: str) -> Opened:
             f"{name} holds {head}, which is neither a causal language model nor an image classifier of rezero_hf."
         )
 
-    folder, commit = _find(name)
+    folder, commit = find(name)
     model = load_folder(folder, name, choose)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     return Opened(name, folder, commit, model.eval().to(device))
@@ -92,10 +92,20 @@ def load_folder(folder: Path, name: str, choose: Callable[[PreTrainedConfig], ty
     Args:
         folder: where.
         name: what messages begin with.
-        choose: gives the class for a configuration, whose `architectures` are strings, or raises a `UserError`.
+        choose: gives the class for a configuration, or raises a `UserError`.
 
     Raises:
         UserError: there is no model, it is an adapter or damaged, or a package that it needs is missing.
+    """
+    model_class = choose(load_config(folder, name))
+    return load_whole(folder, model_class, name, local_files_only=True, trust_remote_code=False)
+
+
+def load_config(folder: Path, name: str) -> PreTrainedConfig:
+    """The configuration, whose `architectures` are strings, of the model in a folder; a checkpoint is verified first.
+
+    Raises:
+        UserError: as `load_folder`.
     """
     # The library would fetch the model that it belongs to.
     if (folder / "adapter_config.json").exists():
@@ -109,7 +119,7 @@ def load_folder(folder: Path, name: str, choose: Callable[[PreTrainedConfig], ty
     heads = config.architectures
     if heads is not None and not (isinstance(heads, list) and all(isinstance(head, str) for head in heads)):
         raise UserError(f"{name} holds no model (architectures is {heads!r} in its config.json, no list of names).")
-    return load_whole(folder, choose(config), name, local_files_only=True, trust_remote_code=False)
+    return config
 
 
 def load_processor(auto_class: type, folder: Path, name: str, what: str) -> Any:
@@ -142,7 +152,12 @@ def tokenizer_of(opened: Opened) -> PreTrainedTokenizerBase:
     return load_processor(AutoTokenizer, opened.folder, opened.name, "tokenizer")
 
 
-def _find(name: str) -> tuple[Path, str | None]:
+def find(name: str) -> tuple[Path, str | None]:
+    """Where a model's files are, fetched from the Hub if they are there, and then at which commit.
+
+    Raises:
+        UserError: nothing has that name.
+    """
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder, None

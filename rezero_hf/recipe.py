@@ -1,10 +1,10 @@
 """A YAML recipe, read strictly: a typo or a wrong type is an error, and every default is written out with the run.
 
-A recipe has the sections `model`, `data` and `training` (`ReZeroTrainingArguments`), and may say its `name` and, in
-`init_from`, what weights it starts from. Which fields model and data have depends on `model.model_type`: a language
-model by default (`ReZeroConfig`, `DataConfig`), or a network for images. `smoke` and `full` are dotted overrides: to
-seconds, and to the paper's own size. Anything can be overridden as `section.key=value`. A recipe with a section `study`
-is many runs; `studies.py` reads that.
+A recipe has the sections `model`, `data` and `training` (`ReZeroTrainingArguments`), and may say its `name`, in
+`init_from` what weights it starts from, and in `task` what a language model is to do instead of predicting text. Which
+fields model and data have depends on `model.model_type`: a language model by default (`ReZeroConfig`, `DataConfig`), or
+a network for images. `smoke` and `full` are dotted overrides: to seconds, and to the paper's own size. Anything can be
+overridden as `section.key=value`. A recipe with a section `study` is many runs; `studies.py` reads that.
 """
 
 import dataclasses
@@ -26,9 +26,10 @@ from .models import ReZeroConfig, ReZeroMLPConfig, ReZeroResNetConfig
 from .sources import Source
 from .starting import InitFrom
 from .strict import RecipeError, check_names, checked, default_of, field_types, plain
+from .tasks import TaskConfig
 
 
-SECTIONS = ("model", "data", "training", "init_from")
+SECTIONS = ("model", "data", "training", "init_from", "task")
 # Dotted overrides, by the name of what they make of the recipe.
 SIZES = ("smoke", "full")
 # `model_type` -> its configuration, and that of its data.
@@ -82,6 +83,7 @@ class Recipe:
         data: what to train on.
         training: fields of `ReZeroTrainingArguments`; the run's seed is `training.seed`.
         init_from: what the run starts from.
+        task: what it learns to do.
     """
 
     name: str
@@ -91,6 +93,7 @@ class Recipe:
     data: DataConfig | ImageDataConfig
     training: dict[str, Any]
     init_from: InitFrom = dataclasses.field(default_factory=InitFrom)
+    task: TaskConfig = dataclasses.field(default_factory=TaskConfig)
 
     def model_config(self, tokenizer: PreTrainedTokenizerBase) -> ReZeroConfig:
         """A language model's configuration, with what the recipe leaves to the tokenizer and the block size filled in.
@@ -147,10 +150,7 @@ class Recipe:
         Raises:
             RecipeError: values that the arguments refuse, or a global batch that does not divide.
         """
-        try:
-            return ReZeroTrainingArguments(output_dir=str(output_dir), **self.training)
-        except (ValueError, TypeError) as error:
-            raise RecipeError(f"{self.path}: training: {error}") from error
+        return _arguments(output_dir, self.training, f"{self.path}: training")
 
     def resolved(self, config: PreTrainedConfig) -> str:
         """The recipe as YAML with every default written out, as it is saved with the run."""
@@ -167,6 +167,8 @@ class Recipe:
         sections = {"name": self.name, "model": model, "data": data, "training": training}
         if self.init_from.path is not None:
             sections["init_from"] = dataclasses.asdict(self.init_from)
+        if self.task.name is not None:
+            sections["task"] = dataclasses.asdict(self.task)
         return yaml.safe_dump(plain(sections), sort_keys=False, allow_unicode=True, width=120)
 
 
@@ -203,38 +205,31 @@ def load_recipe(
             if key.startswith("study."):
                 continue
             _override(document if wanted else {s: {} for s in SECTIONS}, key, value, f"{path}: {size}")
-    for text in overrides:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise RecipeError(f"override {text!r} is not of the form section.key=value.")
-        try:
-            _override(document, key.strip(), yaml.safe_load(value), "override")
-        except yaml.YAMLError as error:
-            raise RecipeError(f"override {text!r}: the value is not YAML.") from error
+    _override_all(document, overrides)
 
     model_type = document["model"].pop("model_type", "rezero")
     check_names([model_type], FAMILIES, f"{path}: model.model_type")
     config_class, data_class = FAMILIES[model_type]
     model = checked(document["model"], config_class, f"{path}: model")
-    training = checked(document["training"], ReZeroTrainingArguments, f"{path}: training")
-    for field in training:
-        if field in NOT_OURS:
-            raise RecipeError(f"{path}: training.{field} cannot be set in a recipe: {NOT_OURS[field]}.")
+    training = _training(document["training"], f"{path}: training")
     init_from = InitFrom(**checked(document["init_from"], InitFrom, f"{path}: init_from"))
     if init_from != InitFrom():
         if init_from.path is None:
             raise RecipeError(f"{path}: init_from.grow_to={init_from.grow_to} needs init_from.path, what is to grow.")
-        if model_type != "rezero":
-            raise RecipeError(f"{path}: init_from is for language models.")
         if init_from.grow_to is not None:
+            if model_type != "rezero":
+                raise RecipeError(f"{path}: init_from.grow_to is for language models.")
             model["num_hidden_layers"] = init_from.grow_to
+    task = TaskConfig(**checked(document["task"], TaskConfig, f"{path}: task"))
+    if task.name is not None and model_type != "rezero":
+        raise RecipeError(f"{path}: task is for language models; images have their classes.")
     if not name_is_plain(name):
         raise RecipeError(f"{path}: name={name!r}: must be a plain word, because it names the run's folder.")
     data = dict(document["data"])
     if "sources" in data and data_class is DataConfig:
         data["sources"] = _sources(data["sources"], f"{path}: data.sources")
     data = data_class(**checked(data, data_class, f"{path}: data"))
-    return Recipe(str(name), str(path), model_type, model, data, training, init_from)
+    return Recipe(str(name), str(path), model_type, model, data, training, init_from, task)
 
 
 def load_language_recipe(path: str | Path, overrides: typing.Iterable[str] = (), smoke: bool = False) -> Recipe:
@@ -248,7 +243,27 @@ def load_language_recipe(path: str | Path, overrides: typing.Iterable[str] = (),
         raise RecipeError(
             f"{path}: model.model_type={recipe.model_type!r} is for images; scripts/reproduce.py trains those."
         )
+    if recipe.task.name is not None:
+        raise RecipeError(f"{path}: task.name={recipe.task.name} is no pretraining; scripts/finetune.py does that.")
     return recipe
+
+
+def script_arguments(
+    output_dir: str | Path, defaults: dict[str, Any], overrides: typing.Iterable[str]
+) -> ReZeroTrainingArguments:
+    """The training arguments of a script without a recipe, checked as a recipe's.
+
+    Args:
+        output_dir: where checkpoints go.
+        defaults: the script's own.
+        overrides: `training.key=value` strings over them.
+
+    Raises:
+        RecipeError: another section, an unknown key, a wrong type, or values that the arguments refuse.
+    """
+    document = {"training": dict(defaults)}
+    _override_all(document, overrides)
+    return _arguments(output_dir, _training(document["training"], "training"), "training")
 
 
 def changed_words(before: str, after: str) -> list[str]:
@@ -263,7 +278,7 @@ def changed_words(before: str, after: str) -> list[str]:
     changed = []
     old, new = (yaml.safe_load(text) for text in (before, after))
     family = FAMILIES[new["model"].get("model_type", "rezero")]
-    for section, words in zip(SECTIONS, (*family, ReZeroTrainingArguments, InitFrom), strict=True):
+    for section, words in zip(SECTIONS, (*family, ReZeroTrainingArguments, InitFrom, TaskConfig), strict=True):
         defaults = {field.name: plain(default_of(field)) for field in dataclasses.fields(words)}
         known, given = defaults | old.get(section, {}), new.get(section, {})
         for key in sorted(old.get(section, {}).keys() | given.keys()):
@@ -300,10 +315,37 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return document
 
 
+def _training(values: dict[str, Any], where: str) -> dict[str, Any]:
+    training = checked(values, ReZeroTrainingArguments, where)
+    for field in training:
+        if field in NOT_OURS:
+            raise RecipeError(f"{where}.{field} cannot be set in a recipe: {NOT_OURS[field]}.")
+    return training
+
+
+def _arguments(output_dir: str | Path, training: dict[str, Any], where: str) -> ReZeroTrainingArguments:
+    try:
+        return ReZeroTrainingArguments(output_dir=str(output_dir), **training)
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"{where}: {error}") from error
+
+
+def _override_all(document: dict[str, dict], overrides: typing.Iterable[str]) -> None:
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise RecipeError(f"override {text!r} is not of the form section.key=value.")
+        try:
+            _override(document, key.strip(), yaml.safe_load(value), "override")
+        except yaml.YAMLError as error:
+            raise RecipeError(f"override {text!r}: the value is not YAML.") from error
+
+
 def _override(document: dict[str, dict], key: str, value: Any, where: str) -> None:
+    sections = [section for section in SECTIONS if section in document]
     section, dot, field = key.partition(".")
-    if not dot or section not in SECTIONS:
-        raise RecipeError(f"{where}: {key!r} is not section.key with a section of {', '.join(SECTIONS)}.")
+    if not dot or section not in sections:
+        raise RecipeError(f"{where}: {key!r} is not section.key with a section of {', '.join(sections)}.")
     document[section][field] = value
 
 

@@ -10,6 +10,7 @@ from .checkpoints import checkpoints_in
 from .durable import write_whole
 from .errors import UserError
 from .recipe import changed_words
+from .sources import writable_folder
 
 
 class RunDir(NamedTuple):
@@ -66,6 +67,18 @@ def claim_run_dir(path: str | Path, recipe: str, restart: bool = False) -> RunDi
         reason = error.strerror
         raise UserError(f"{path}: no run can be written there ({reason}); choose another with --output.") from error
     return RunDir(path, aside, goes_on, lock)
+
+
+def new_folder(path: str | Path) -> None:
+    """Make the folder of a run that does not go on, and takes nobody's place.
+
+    Raises:
+        UserError: something is there, or it cannot be made.
+    """
+    path = Path(path)
+    writable_folder(path, "choose another folder with --output")
+    if any(path.iterdir()):
+        raise UserError(f"{path} is not empty; choose another folder with --output.")
 
 
 def is_interrupted(path: str | Path) -> bool:

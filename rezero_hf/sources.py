@@ -74,8 +74,8 @@ class Source:
     """One source of text.
 
     Args:
-        source: `"python-stdlib"`, `"enwik8"` or `"enwik8:PATH"`, `"hub:ORG/NAME"` (or `"hub:FOLDER"`, any data set
-            folder that `load_dataset` reads), or a file, folder or glob of UTF-8 text.
+        source: `"python-stdlib"`, `"enwik8"` or `"enwik8:PATH"`, `"hub:ORG/NAME"` (or `"hub:PATH"`, any data set
+            folder, or file of rows, that `load_dataset` reads), or a file, folder or glob of UTF-8 text.
         weight: share of the training blocks relative to the other sources. Only ratios count.
         config_name: configuration of a Hub data set. Default: its only or default one.
         revision: branch, tag or commit of a Hub data set. A full commit hash needs no network once prepared.

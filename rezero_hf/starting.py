@@ -3,6 +3,8 @@
 `load_whole` is how that model is loaded, here and in `opening`.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -14,7 +16,7 @@ from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer import OPTIMIZER_NAME
-from transformers.utils import CONFIG_NAME, cached_file
+from transformers.utils import CONFIG_NAME, cached_file, logging
 
 from .checkpoints import MANIFEST, verify_checkpoint
 from .errors import UserError, one_line
@@ -39,7 +41,9 @@ UNREADABLE = (OSError, ValueError, RuntimeError, ImportError, SafetensorError, S
 
 @dataclass
 class InitFrom:
-    """What a run of a language model starts from instead of random weights.
+    """What a run starts from instead of random weights.
+
+    A network for images takes over the weights alone, and not those of a head for another number of classes.
 
     Args:
         path: a training checkpoint or an export on this machine, or the model at the root of `ORG/NAME` or
@@ -62,12 +66,12 @@ class Beginning(NamedTuple):
     """What training starts with.
 
     Attributes:
-        model: in fp32.
+        model: in fp32; of language modelling, or the class that `begin` was asked for.
         optimizer_state: what the optimiser is to remember, by parameter name; None for nothing.
         said: one line on where it comes from; None for random weights.
     """
 
-    model: ReZeroForCausalLM
+    model: PreTrainedModel
     optimizer_state: NamedState | None = None
     said: str | None = None
 
@@ -78,6 +82,7 @@ def begin(
     optimizer: OptimizerName,
     tokenizer: PreTrainedTokenizerBase | None = None,
     sharded: bool = False,
+    model_class: type[PreTrainedModel] = ReZeroForCausalLM,
 ) -> Beginning:
     """Make a run's model: new, or loaded and grown, with its optimiser's state. All processes of a run call it.
 
@@ -90,6 +95,8 @@ def begin(
         tokenizer: of the text to train on; where the model has one too, both must have the same vocabulary. None
             (default): not compared.
         sharded: train under FSDP, where a whole optimiser's state cannot go over. Default: no.
+        model_class: the network with another head than the language model's: weights alone go over, and the head is
+            new where that model's was another one.
 
     Raises:
         UserError: there is no such model, some processes do not see its folder, it is damaged, it or its vocabulary is
@@ -97,10 +104,11 @@ def begin(
             state under FSDP.
     """
     if init_from.path is None:
-        return Beginning(ReZeroForCausalLM(config))
+        return Beginning(model_class(config))
     folder, called = Path(init_from.path), f"init_from.path={init_from.path}"
     # The main process says what it is: to one that does not see the folder, its path would be a name on the Hub.
     local, remembers = on_main(lambda: _look_at(folder))
+    remembers = remembers and model_class is ReZeroForCausalLM
     everywhere(lambda: _check_seen(folder, local, called), "every process has to see it")
     if remembers and sharded:
         raise UserError(
@@ -122,7 +130,8 @@ def begin(
         raise UserError(f"{called}: no language model of rezero_hf is there ({one_line(error)}).") from error
     if tokenizer is not None:
         _check_same_vocabulary(called, name, revision or None, tokenizer)
-    model = load_whole(name, ReZeroForCausalLM, called, config=start, dtype=torch.float, **where)
+    where |= {"config": start, "dtype": torch.float}
+    model = load_whole(name, model_class, called, new_head=model_class is not ReZeroForCausalLM, **where)
     grown, names = model, {name: name for name in model.state_dict()}
     if config.num_hidden_layers != found.num_hidden_layers:
         grown, names = grow_depth(model, config.num_hidden_layers, init_from.where)
@@ -141,13 +150,17 @@ def begin(
     return Beginning(grown.train(), state, f"begins from {init_from.path}: {depth}, {kept}")
 
 
-def load_whole(name: str | Path, model_class: type[PreTrainedModel], called: str, **words: Any) -> PreTrainedModel:
+def load_whole(
+    name: str | Path, model_class: type[PreTrainedModel], called: str, new_head: bool = False, **words: Any
+) -> PreTrainedModel:
     """A saved model, every weight of which came from its files; `from_pretrained` draws what it does not find.
 
     Args:
         name: a folder, or a repository on the Hub.
         model_class: the model's class.
         called: what messages begin with.
+        new_head: what lies outside the base model may be another one there: it is drawn, as `from_pretrained` does.
+            Default: no.
         words: further arguments of `from_pretrained`.
 
     Raises:
@@ -157,15 +170,38 @@ def load_whole(name: str | Path, model_class: type[PreTrainedModel], called: str
     if (Path(name) / SHARDS).is_dir():
         raise UserError(f"{called}: its weights are in shards; name an export of it (scripts/export.py).")
     try:
-        model, loaded = model_class.from_pretrained(name, output_loading_info=True, **words)
+        with _quiet() if new_head else nullcontext():
+            model, loaded = model_class.from_pretrained(
+                name, output_loading_info=True, ignore_mismatched_sizes=new_head, **words
+            )
     except UNREADABLE as error:
         raise UserError(f"{called}: its weights cannot be loaded ({one_line(error)}).") from error
-    wrong = [f"{key} is missing" for key in sorted(loaded["missing_keys"])]
-    wrong += [f"{key} belongs to another model" for key in sorted(loaded["unexpected_keys"])]
+    found = {
+        "is missing": loaded["missing_keys"],
+        "belongs to another model": loaded["unexpected_keys"],
+        "has another shape": {key for key, *_ in loaded["mismatched_keys"]},
+    }
+    wrong = [
+        f"{key} {what}"
+        for what, keys in found.items()
+        for key in sorted(keys)
+        if not new_head or key.startswith(f"{model_class.base_model_prefix}.")
+    ]
     if wrong:
         more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise UserError(f"{called}: its weights are not those of a {model_class.__name__}: {wrong[0]}{more}.")
     return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Spare the library's table of what was not in the files, where that is as it should be."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _look_at(folder: Path) -> tuple[bool, bool]:

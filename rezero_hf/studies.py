@@ -74,6 +74,8 @@ class Study:
         signal: record how signals travel, too (`diagnostics.signal_record`).
         toy: also draw the paper's toy model of depth.
         gates_off: measure the trained model once more with every alpha at 0: what its layers are worth.
+        bases: runs made once, before all rows, by name: what makes each of the recipe, `section.key` -> value. A row
+            begins with the model of one by `init_from.path: NAME`; its cost is not the row's. Nothing in it is tuned.
     """
 
     item: str
@@ -90,29 +92,38 @@ class Study:
     signal: bool = False
     toy: bool = False
     gates_off: bool = False
+    bases: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def cells(self) -> list["Cell"]:
         """Every row at every value of `across`, in the table's order."""
         return [Cell(name, row, at) for at in _product(self.across) for name, row in self.rows.items()]
 
+    def base_of(self, cell: "Cell") -> str | None:
+        """Which of the bases a cell's runs begin from, if any."""
+        name = cell.spec.set.get("init_from.path")
+        return name if name in self.bases else None
+
     def words(self) -> set[str]:
         """All that rows differ in or are tuned over."""
         said = (words for row in self.rows.values() for words in (row.set, row.search, row.first))
-        return {*self.across, *self.search, *itertools.chain(*said)}
+        return {*self.across, *self.search, *itertools.chain(*said, *self.bases.values())}
 
     def smallest(self) -> "Study":
         """The same rows with as little of everything as still goes through every step: for smoke tests."""
         few = {key: values[:2] for key, values in self.search.items()}
 
+        def short_run(words: dict[str, Any]) -> dict[str, Any]:
+            # How long is for the recipe's `smoke` to say.
+            return {key: value for key, value in words.items() if key != "training.max_steps"}
+
         def small(row: Row) -> Row:
             search = {key: values[:1] for key, values in row.search.items()}
-            # How long is for the recipe's `smoke` to say.
-            words = [{k: v for k, v in some.items() if k != "training.max_steps"} for some in (row.set, row.first)]
-            return replace(row, set=words[0], first=words[1], search=search)
+            return replace(row, set=short_run(row.set), first=short_run(row.first), search=search)
 
+        bases = {name: short_run(words) for name, words in self.bases.items()}
         rows = {name: small(row) for name, row in self.rows.items()}
         across = {key: values[:1] for key, values in self.across.items()}
-        return replace(self, rows=rows, search=few, across=across, extend=0, seeds=self.seeds[:1])
+        return replace(self, rows=rows, search=few, across=across, extend=0, seeds=self.seeds[:1], bases=bases)
 
 
 @dataclass(frozen=True)
@@ -174,7 +185,11 @@ def load_study(path: str | Path, size: str = "cpu") -> Study:
     for key in study.words():
         check_names([key.partition(".")[0]], SECTIONS, f"{path}: study: {key!r}: section")
     # A typo in a row shows before the first hour of training.
+    for words in study.bases.values():
+        load_recipe(path, _overrides(words))
     for cell in study.cells():
+        if study.bases and "init_from.path" in cell.spec.set:
+            check_names([cell.spec.set["init_from.path"]], study.bases, f"{path}: study.rows.{cell.row}: base")
         for overrides in (cell.overrides({}), cell.first({})):
             load_recipe(path, overrides or ())
     return study
@@ -211,7 +226,7 @@ def run_study(
         UserError: a recipe cannot be run, or another process runs a study in the same folder.
     """
     cells = [cell for cell in study.cells() if only in (None, cell.row)]
-    threads = max(1, torch.get_num_threads() // jobs)
+    threads, bases = max(1, torch.get_num_threads() // jobs), Path(folder) / "bases"
     words = {"size": size, "signal": study.signal, "gates_off": study.gates_off}
     ours = {"training.seed", *study.words()}
     for text in overrides:
@@ -228,10 +243,21 @@ def run_study(
             named = {**setting, "training.seed": seed}
             place = Path(folder) / cell.name / ",".join(f"{short(key)}={value}" for key, value in named.items())
             both = [said and [*said, *overrides] for said in (cell.overrides(named), cell.first(named))]
-            return pool.submit(_run, str(path), *both, str(place), **words)
+            name = study.base_of(cell)
+            base = name and str(bases / name)
+            return pool.submit(_run, str(path), *both, str(place), **words, base=base)
 
-        tuned = {tuners.submit(tune, study, cell, partial(start, cell), tell): cell.name for cell in cells}
+        def make(name: str) -> Future:
+            said = [*_overrides(study.bases[name]), *overrides]
+            return pool.submit(_run, str(path), said, None, str(bases / name), **words, keep=True)
+
         try:
+            made = {name: make(name) for name in study.bases if name in map(study.base_of, cells)}
+            for name, future in made.items():
+                if diverged := future.result()["diverged"]:
+                    raise UserError(f"{path}: study.bases.{name}: {diverged}")
+                tell(f"base {name}  ({future.result()['training_seconds']:.0f} s)")
+            tuned = {tuners.submit(tune, study, cell, partial(start, cell), tell): cell.name for cell in cells}
             for future in as_completed(tuned):
                 future.result()
         except BaseException:
@@ -334,14 +360,14 @@ def _start_worker(threads: int) -> None:
 
 
 def _run(
-    path: str, overrides: list[str], before: list[str] | None, folder: str, size: str, **measures: bool
+    path: str, overrides: list[str], before: list[str] | None, folder: str, size: str, **words: Any
 ) -> dict[str, Any]:
     """One run, with the one before it, in a process of the pool."""
     recipe, first = (
         said and load_recipe(path, said, smoke=size == "smoke", full=size == "full") for said in (overrides, before)
     )
     try:
-        return run_experiment(recipe, folder, first=first, **measures)
+        return run_experiment(recipe, folder, first=first, **words)
     finally:
         # Told to stop by its parent's death, a run saves first; after that nobody has anything for this process to do.
         if not parent_process().is_alive():

@@ -17,7 +17,7 @@ Mean and standard deviation over seeds, on validation data unless said otherwise
 cores that other runs may have shared. What the paper or its authors' notebooks report is quoted and was not checked
 against the paper; it is of another size, so only the order of rows compares.
 
-{tuning}{grown}
+{tuning}{grown}{begun}
 
 {table}
 
@@ -33,6 +33,10 @@ TIMED = (
     "its steps times that, and ≤ marks a target that was passed before the first evaluation.\n"
 )
 GROWN = " FLOP and seconds of a row that began with another run's model include that run's."
+BEGUN = (
+    " A row that begins from a base begins with the model of a run made once, untuned, whose FLOP and seconds are not "
+    "the row's: {bases}."
+)
 NOT_TUNED = "Rows were not tuned and have the same words but for what they are: this is not about where they end."
 NUMBER = re.compile(r"(\d+)")
 UNITS = {"bits_per_byte": "bits per byte", "loss": "nats", "accuracy": "accuracy"}
@@ -110,6 +114,7 @@ def study_card(result: dict[str, Any], figures: Iterable[str]) -> str:
     return CARD.format(
         tuning=tuning,
         timed=TIMED if timed else "",
+        begun=_begun(result.get("bases") or {}),
         grown=GROWN if any(row.get("first") for row in result["rows"]) else "",
         item=result["item"],
         table=study_table(result),
@@ -137,6 +142,14 @@ def _leads(result: dict[str, Any]) -> str | None:
             said.append(f"of {row['label']} " + ("not even at the end" if step is None else f"from {when}"))
         lines.append(f"{ours['label']}{where} is ahead for good and with every seed: {'; '.join(said)}.")
     return "\n\n".join(lines) or None
+
+
+def _begun(bases: dict[str, dict[str, Any]]) -> str:
+    """What the models that rows begin with were trained as."""
+    said = (
+        f"`{name}` ({', '.join(f'{key} {value}' for key, value in words.items())})" for name, words in bases.items()
+    )
+    return BEGUN.format(bases="; ".join(said)) if bases else ""
 
 
 def studies_table(results: Iterable[dict[str, Any]]) -> str:

@@ -16,6 +16,7 @@ from rezero_hf.arguments import ReZeroTrainingArguments
 from rezero_hf.recipe import FAMILIES
 from rezero_hf.starting import InitFrom
 from rezero_hf.strict import field_types
+from rezero_hf.tasks import TaskConfig
 
 
 ROOT = Path(__file__).parents[1]
@@ -117,7 +118,8 @@ def test_every_word_of_a_recipe_is_a_field(name):
     """`section.key=value`, as it is said over a recipe."""
     configs, data = zip(*FAMILIES.values(), strict=True)
     sections = {"model": configs, "data": data, "training": (ReZeroTrainingArguments,), "init_from": (InitFrom,)}
-    for section, key in re.findall(r"(?<![\w./])(model|data|training|init_from)\.(\w+)=", DOCUMENTS[name]):
+    sections |= {"task": (TaskConfig,)}
+    for section, key in re.findall(rf"(?<![\w./])({'|'.join(sections)})\.(\w+)=", DOCUMENTS[name]):
         assert any(key in field_types(cls) for cls in sections[section]), f"{section}.{key}"
 
 

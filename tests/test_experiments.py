@@ -54,7 +54,10 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     (folder / "text.txt").write_text("".join(f"line {n} says {n * n}\n" for n in range(600)))
     cache = f"data.cache_dir={folder / 'cache'}"
-    return {"rezero": [cache, f"data.sources={folder / 'text.txt'}"], "rezero_mlp": [cache], "rezero_resnet": [cache]}
+    rows = [{"text": f"def f{n}(x):", "label": n % 2} for n in range(40)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = [cache, f"data.sources={folder / 'text.txt'}", f"task.data={folder / 'rows.jsonl'}"]
+    return {"rezero": text, "rezero_mlp": [cache], "rezero_resnet": [cache]}
 
 
 @pytest.mark.parametrize(("path", "cell"), ROWS, ids=lambda value: getattr(value, "stem", None) or value.name)
@@ -64,6 +67,8 @@ def test_a_row_of_a_committed_study_runs_small(path, cell, data, tmp_path):
     kind = load_recipe(path).model_type
     # Depth is for the real thing.
     shallow = [] if kind == "rezero_resnet" else ["model.num_hidden_layers=3"]
+    # Beginning from a base has a test of its own.
+    shallow += ["init_from.path=null"] if study.base_of(cell) else []
     recipe, first = (
         None if said is None else load_recipe(path, [*said, *shallow, *data[kind], "training.max_steps=2"], smoke=True)
         for said in (cell.overrides({}), cell.first({}))
@@ -187,6 +192,54 @@ def test_a_row_in_two_parts_ends_as_one_in_one(text_recipe, data, tmp_path, monk
     assert len({line.split("|")[5] for line in study_table(result).splitlines()[2:]}) == 1
     assert "began with another run's model" in study_card(result, [])
     assert next(path.name for path in draw(result, tmp_path)) == "curves.png"
+
+
+def test_rows_begin_from_a_base_that_is_made_once(text_recipe, data, tmp_path, monkeypatch):
+    """The base is trained once; a row with its own task takes over the network's weights, and counts from 0."""
+    path = Path(text_recipe().path)
+    base = {"task.name": None, "training.max_steps": 4, "training.learning_rate": 0.1}
+    rows = {
+        "scratch": {"label": "scratch"},
+        "held": {"label": "held", "set": {"init_from.path": "base", "training.gate_lr_multiplier": 0.0}},
+    }
+    study = {"item": "a test", "metric": "accuracy", "seeds": [0], "rows": rows, "bases": {"base": base}}
+    path.write_text(path.read_text() + f"task: {{name: sequence-classification}}\nstudy: {json.dumps(study)}\n")
+    monkeypatch.setattr(studies, "ProcessPoolExecutor", lambda jobs, *_, **__: ThreadPoolExecutor(jobs))
+    monkeypatch.setattr(studies, "parent_process", threading.main_thread)
+    trained, train = [], ReZeroTrainer.train
+    watched = lambda trainer, **kwargs: trained.append(type(trainer.model).__name__) or train(trainer, **kwargs)  # noqa: E731
+    monkeypatch.setattr(ReZeroTrainer, "train", watched)
+    study = load_study(path)
+    runs = run_study(path, study, tmp_path / "runs", overrides=tuple(data["rezero"]))
+    assert trained == ["ReZeroForCausalLM"] + ["ReZeroForSequenceClassification"] * 2
+    base = json.loads((tmp_path / "runs" / "bases" / "base" / "run.json").read_text())
+    ended = base["alpha"][-1]["alpha"]
+    assert all(abs(value[0] - 0.5) > 1e-3 for value in ended.values())
+    assert [each["alpha"] for run in runs["held"] for each in run["alpha"]] == [ended] * 3
+    assert {run["steps"] for row in runs.values() for run in row} == {6}
+    card = study_card(summarise("text", "cpu", study, runs), [])
+    assert "`base` (task.name None, training.max_steps 4, training.learning_rate 0.1)" in card
+    with pytest.raises(UserError, match=r"base 'bse' is unknown; did you mean 'base'"):
+        path.write_text(path.read_text().replace('path": "base', 'path": "bse'))
+        load_study(path)
+
+
+def test_a_network_for_images_begins_from_another_and_its_head_anew(recipe, data, tmp_path):
+    """With other classes the head is drawn, and all else is the base's, which only a rate of 0 leaves as it was."""
+    words = [*data["rezero_mlp"], "training.max_steps=2"]
+    base = run_experiment(load_recipe(recipe, [*words, "data.classes=[0,1,2]"]), tmp_path / "base", keep=True)
+    new = load_recipe(recipe, [*words, "data.classes=[3,4]", "training.learning_rate=0.0"])
+    run = run_experiment(new, tmp_path / "run", base=tmp_path / "base", keep=True)
+    assert run["alpha"][-1]["alpha"] == base["alpha"][-1]["alpha"]
+    models = [tmp_path / name / "checkpoints" / "checkpoint-2" for name in ("base", "run")]
+    one, other = (ReZeroMLPForImageClassification.from_pretrained(folder).state_dict() for folder in models)
+    assert all(torch.equal(one[name], other[name]) for name in one if name.startswith("model."))
+    assert one["classifier.weight"].shape[0] == 3 and other["classifier.weight"].shape[0] == 2
+    deeper = load_recipe(recipe, [*words, "model.hidden_size=6"])
+    with pytest.raises(
+        UserError, match=r"its weights are not those of a ReZeroMLPForImageClassification: .* has another"
+    ):
+        run_experiment(deeper, tmp_path / "deeper", base=tmp_path / "base")
 
 
 def test_what_another_run_begins_from_is_kept_for_as_long_as_it_is_needed(text_recipe, tmp_path, monkeypatch):

@@ -111,6 +111,23 @@ def test_what_is_held_out(prepare):
     assert len(prepare().split("validation")) == 20
 
 
+def test_some_classes_alone_are_renumbered(prepare):
+    """Every split has exactly the images of those classes, numbered as they were named; the whole is as it was."""
+    whole, some = prepare(), prepare(classes=[7, 2, 9])
+    assert some.id2label == {new: whole.id2label[old] for new, old in enumerate((7, 2, 9))} and some.num_labels == 3
+    assert some.record()["classes"] == list(some.id2label.values())
+    splits = ("train", "validation"), ("test",)
+    for parts in splits:
+        old, new = ([p.split(part) for part in parts] for p in (whole, some))
+        for number, was in enumerate((7, 2, 9)):
+            images = [
+                {pixels.tobytes() for split in one for pixels in split.pixels(np.flatnonzero(split.labels == label))}
+                for one, label in ((old, was), (new, number))
+            ]
+            assert images[0] == images[1] != set()
+        assert {label for split in new for label in split.labels.tolist()} == {0, 1, 2}
+
+
 def test_a_missing_test_split_is_held_out_first(tmp_path, cache):
     """It stays the same whatever is held out for validation."""
     write(tmp_path / "train.parquet", *pictures(100))
@@ -367,6 +384,8 @@ def test_cifar_is_read_at_a_fixed_commit(tmp_path, monkeypatch):
         ({"validation_size": -1}, "data.validation_size is -1: it must be at least 0"),
         ({"validation_size": 200}, "data.validation_size is 200 of 200 images and leaves none to train on: lower it"),
         ({"test_size": 3}, "data.test_size is 3, but hub:uoft-cs/cifar10 has 40 test images of its own: leave it out"),
+        ({"classes": [1, 1]}, r"data.classes is \[1, 1\]: name two or more, each once"),
+        ({"classes": [3, 10]}, r"data.classes is \[3, 10\], but hub:uoft-cs/cifar10 has 0 to 9"),
         ({"augmentation": "cutmix"}, "data.augmentation is 'cutmix': use one of none, crop_flip"),
         ({"mean": [0.5, 0.5, 0.5]}, "data.mean is .* and data.std is None: set both"),
         ({"mean": [0.5], "std": [0.5]}, "data.mean has 1 numbers for images of 3 channels: one for each"),

@@ -102,7 +102,10 @@ def test_a_mistake_is_one_line_with_the_way_out(recipe, override, message):
     [
         ("modle: {}", "section 'modle' is unknown; did you mean 'model'"),
         ("model: [1]", "section model is not a mapping"),
-        ("- 1", "not a recipe: the file must be a mapping with the sections model, data, training, init_from, smoke"),
+        (
+            "- 1",
+            "not a recipe: the file must be a mapping with the sections model, data, training, init_from, task, smoke",
+        ),
         ("model: {", "not valid YAML"),
         ("smoke: {model: 1}", "smoke: 'model' is not section.key"),
     ],

@@ -241,7 +241,10 @@ def test_the_recipe_says_where_a_run_begins(tmp_path):
     for wrong, message in [
         (["init_from.grow_to=3"], "init_from.grow_to=3 needs init_from.path"),
         (["init_from.from=x"], "init_from: key 'from' is unknown"),
-        (["init_from.path=x", "model.model_type=rezero_mlp"], "init_from is for language models"),
+        (
+            ["init_from.path=x", "init_from.grow_to=3", "model.model_type=rezero_mlp"],
+            "init_from.grow_to is for language models",
+        ),
     ]:
         with pytest.raises(RecipeError, match=message):
             load_recipe(recipe, wrong)

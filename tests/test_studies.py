@@ -208,8 +208,9 @@ def test_a_committed_study_is_fair_by_its_words(recipe):
         assert max(spent) < 1.01 * min(spent), spent
         assert len({str(row.first.get(SCHEDULE)) for row in study.rows.values()}) == 1
     for name, row in study.rows.items():
+        begins = ("init_from.", LENGTH) if row.first else ("init_from.path",) if study.bases else ()
         for key in row.set:
-            fair = ("model.", "training.gate_lr_", *(("init_from.", LENGTH) if row.first else ()))
+            fair = ("model.", "training.gate_lr_", *begins)
             assert key.startswith(fair) or (key, row.set[key]) == (WARMUP, 0), key
         assert set(row.first) <= {"model.num_hidden_layers", LENGTH, SCHEDULE}
         assert set(row.search) <= {"training.gate_lr_multiplier"} | (

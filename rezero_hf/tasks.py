@@ -1,0 +1,253 @@
+"""What a pretrained model can be trained to do: for each task its Auto class, its columns, how rows become batches, and
+what is measured."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from torch.utils.data import Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    BaseImageProcessor,
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+    EvalPrediction,
+    PreTrainedTokenizerBase,
+)
+
+from .data import IGNORE_INDEX, DataConfig, Source, TrainBlocks, held_out_blocks, prepare
+from .errors import UserError
+from .image_data import EvalImages, ImageDataConfig, TrainImages, accuracy_metrics, prepare_images
+from .labelled import STDLIB, Row, read_labelled
+from .randomness import permute
+from .sources import DataError
+from .tokenization import token_byte_lengths
+
+
+class Task(NamedTuple):
+    """A task.
+
+    Attributes:
+        auto: the class whose head it needs.
+        text_column, label_column: of the data, unless said otherwise; None where there is no choice.
+        collator: makes a batch of rows, given the tokenizer; None for the Trainer's own, which stacks them.
+        adapter: PEFT's word for it, which keeps a new head trained and saved.
+        pipeline: the library's word for it.
+    """
+
+    auto: type
+    text_column: str | None
+    label_column: str | None
+    collator: Callable | None
+    adapter: str | None
+    pipeline: str
+
+
+TASKS = {
+    "causal-lm": Task(AutoModelForCausalLM, "text", None, None, "CAUSAL_LM", "text-generation"),
+    "sequence-classification": Task(
+        AutoModelForSequenceClassification, "text", "label", DataCollatorWithPadding, "SEQ_CLS", "text-classification"
+    ),
+    "token-classification": Task(
+        AutoModelForTokenClassification,
+        *("tokens", "tags", DataCollatorForTokenClassification, "TOKEN_CLS", "token-classification"),
+    ),
+    "image-classification": Task(
+        AutoModelForImageClassification, None, None, None, None, "image-classification"
+    ),
+}  # fmt: skip
+
+
+@dataclass
+class TaskConfig:
+    """What a recipe trains a language model to do: the section `task`.
+
+    Args:
+        name: `sequence-classification` or `token-classification`, with a new head, on rows of at most
+            `data.block_size` tokens. None (default): language modelling, and `data` says on what.
+        data: labelled text, as `labelled.read_labelled` takes it. Default: `stdlib-functions`.
+        text_column, label_column: of `data`. Default: the task's.
+    """
+
+    name: Literal["sequence-classification", "token-classification"] | None = None
+    data: str = STDLIB
+    text_column: str | None = None
+    label_column: str | None = None
+
+
+class TaskData(NamedTuple):
+    """What a task trains on and is measured on.
+
+    Attributes:
+        rows: in the training split.
+        train: (seed, number) -> that many training rows, in an order that is a function of (seed, index).
+        held_out: split -> rows to measure on.
+        words: further arguments of `ReZeroTrainer`.
+        id2label: names of the classes; None without.
+        record: what to write down about them (JSON).
+        processor: tokenizer or image processor, to save beside the model.
+    """
+
+    rows: int
+    train: Callable[[int, int], Dataset]
+    held_out: dict[str, Dataset]
+    words: dict[str, Any]
+    id2label: dict[int, str] | None
+    record: dict[str, Any]
+    processor: PreTrainedTokenizerBase | BaseImageProcessor
+
+
+def labelled_rows(
+    task: TaskConfig, tokenizer: PreTrainedTokenizerBase, most: int, cache_dir: str | None = None
+) -> TaskData:
+    """Labelled text, for a head on every sequence or on every word.
+
+    Args:
+        task: what to read, and for which head.
+        tokenizer: the model's. It pads on the right from now on, so that positions count from the first token.
+        most: tokens of a row; what is beyond them is cut off.
+        cache_dir: as `DataConfig`'s.
+
+    Raises:
+        UserError: the data are not what the task needs, or the package `evaluate` is missing.
+    """
+    if find_spec("evaluate") is None:
+        raise UserError("measuring accuracy needs a package: pip install 'rezero_hf[eval]'")
+    about = TASKS[task.name]
+    columns = task.text_column or about.text_column, task.label_column or about.label_column
+    found = read_labelled(task.data, *columns, cache_dir)
+    of_words = task.name == "token-classification"
+    if isinstance(found.splits["train"][0].text, list) != of_words:
+        needed = "lists of words" if of_words else "strings"
+        raise DataError(
+            f"{task.data}: {task.name} needs {needed} in the column {columns[0]!r}; choose another text_column"
+        )
+    tokenizer.padding_side = "right"
+    encode = partial(_encode_words if of_words else _encode, tokenizer, most)
+    splits = {split: [encode(row) for row in rows] for split, rows in found.splits.items()}
+    return TaskData(
+        len(splits["train"]),
+        lambda seed, number: Shuffled(splits["train"], seed, number),
+        {split: Shuffled(splits[split]) for split in ("validation", "test")},
+        {
+            "data_collator": about.collator(tokenizer),
+            "compute_metrics": _accuracy,
+            "preprocess_logits_for_metrics": lambda logits, labels: logits.argmax(-1),
+        },
+        dict(enumerate(found.classes)),
+        found.record | {"block_size": most},
+        tokenizer,
+    )
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, most: int, row: Row) -> dict[str, Any]:
+    ids = tokenizer(row.text, split_special_tokens=True, truncation=True, max_length=most)["input_ids"]
+    return {"input_ids": ids, "labels": row.label}
+
+
+def _encode_words(tokenizer: PreTrainedTokenizerBase, most: int, row: Row) -> dict[str, Any]:
+    """A word's label is at its last token, the first at which a causal network has seen all of it."""
+    # As in text, so that pretraining has met them.
+    words = [row.text[0], *(f" {word}" for word in row.text[1:])]
+    ids = tokenizer(words, split_special_tokens=True, add_special_tokens=False)["input_ids"]
+    labels = [[*[IGNORE_INDEX] * (len(word) - 1), label] for word, label in zip(ids, row.label, strict=True)]
+    return {name: list(chain(*each))[:most] for name, each in (("input_ids", ids), ("labels", labels))}
+
+
+class Shuffled(Dataset):
+    """Rows of a list: in order, or so many of them, every epoch in a new order that is a function of (seed, index)."""
+
+    def __init__(self, rows: list[dict[str, Any]], seed: int | None = None, number: int | None = None) -> None:
+        self._rows, self._seed = rows, seed
+        self._number = len(rows) if number is None else number
+
+    def __len__(self) -> int:
+        return self._number
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < self._number:
+            raise IndexError(f"row {index} of {self._number}")
+        epoch, place = divmod(index, len(self._rows))
+        if self._seed is not None:
+            place = permute(place, len(self._rows), (self._seed, epoch))
+        # Collators take rows apart.
+        return dict(self._rows[place])
+
+
+def _accuracy(found: EvalPrediction) -> dict[str, float]:
+    from .metrics import Accuracy
+
+    classes, labels = (np.asarray(numbers).ravel() for numbers in (found.predictions, found.label_ids))
+    return Accuracy(keep_in_memory=True).compute(predictions=classes, references=labels)
+
+
+def text_blocks(
+    data: str,
+    text_column: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    block_size: int,
+    cache_dir: str | None = None,
+) -> TaskData:
+    """Text for language modelling, packed and measured in bits per byte as in pretraining.
+
+    Args:
+        data: a source as recipes name it, or a file of rows (`.csv`, `.json`, `.jsonl`, `.parquet`).
+        text_column: of rows. Default: `text`.
+        tokenizer: the model's; it has to give back the text that went in.
+        block_size: tokens seen at once.
+        cache_dir: as `DataConfig`'s.
+
+    Raises:
+        UserError: the text cannot be had or is shorter than a block.
+    """
+    if Path(data).suffix in (".csv", ".json", ".jsonl", ".parquet") and Path(data).is_file():
+        data = f"hub:{data}"
+    columns = {"text_column": text_column} if text_column else {}
+    config = DataConfig([Source(data, **columns)], block_size=block_size, cache_dir=cache_dir)
+    prepared = prepare(config, tokenizer)
+    return TaskData(
+        prepared.totals("train")["tokens"] // block_size,
+        partial(TrainBlocks, prepared),
+        held_out_blocks(prepared),
+        {"token_bytes": token_byte_lengths(tokenizer)},
+        None,
+        prepared.record(),
+        tokenizer,
+    )
+
+
+def labelled_images(data: str, processor: BaseImageProcessor, cache_dir: str | None = None) -> TaskData:
+    """Labelled images, normalised as the pretrained model's were.
+
+    Args:
+        data: `digits`, `hub:ORG/NAME`, a parquet file or a folder of them, or a folder of images by class.
+        processor: the model's.
+        cache_dir: as `ImageDataConfig`'s.
+
+    Raises:
+        UserError: the images cannot be had.
+    """
+    path = Path(data).expanduser()
+    where = {"source": data}
+    if data != "digits" and path.exists():
+        parquet = path.suffix == ".parquet" or any(path.rglob("*.parquet"))
+        where = {"source": path.name, "path": str(path)} if parquet else {"source": f"hub:{path}"}
+    look = {"mean": list(processor.image_mean), "std": list(processor.image_std), "augmentation": "none"}
+    images = prepare_images(ImageDataConfig(**where, **look, cache_dir=cache_dir))
+    return TaskData(
+        len(images.split("train")),
+        partial(TrainImages, images),
+        {split: EvalImages(images, split) for split in ("validation", "test")},
+        {"compute_metrics": accuracy_metrics},
+        images.id2label,
+        images.record(),
+        images.image_processor(),
+    )

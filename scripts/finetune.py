@@ -1,0 +1,119 @@
+"""Fine-tune a ReZero model on text, labelled text, tagged words or images, and leave a folder that loads anywhere.
+
+    python scripts/finetune.py runs/quickstart/model notes/ --task causal-lm
+    python scripts/finetune.py runs/quickstart/model reviews.csv --lora 8 training.learning_rate=1.0e-3
+    python scripts/finetune.py ORG/NAME@REVISION hub:ORG/TAGS --task token-classification --gates held
+
+MODEL is a folder or a repository of the Hub; none of its code is run. DATA is a file of rows (.csv, .json, .jsonl,
+.parquet), a folder of them, hub:ORG/NAME, or on every machine stdlib-functions (sequences) and digits (images); for
+causal-lm also text as data.sources names it. A validation or test split that is not there is taken from the rest.
+training.KEY=value sets any of Trainer's arguments, and those of ReZeroTrainingArguments, as in a recipe.
+"""
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from transformers import set_seed
+
+from rezero_hf.arguments import sequences_per_step
+from rezero_hf.cli import run
+from rezero_hf.durable import write_whole
+from rezero_hf.finetuning import add_lora, find_base, hold_gates, load_base, read_task, save_finetuned
+from rezero_hf.launching import check_launch
+from rezero_hf.markdown import number, table
+from rezero_hf.recipe import script_arguments
+from rezero_hf.run_folder import new_folder
+from rezero_hf.runs import now, provenance, read_metrics
+from rezero_hf.tasks import TASKS, TaskConfig
+from rezero_hf.together import on_main
+from rezero_hf.training import ReZeroTrainer, steps_over
+
+
+Name = StrEnum("Name", list(TASKS))
+Gates = StrEnum("Gates", ["trained", "held"])
+# About a tenth of what pretraining takes, and more for adapters, which start at 0; three passes, linear decay.
+DEFAULTS = {"learning_rate": 3e-4, "num_train_epochs": 3.0, "eval_strategy": "steps", "eval_steps": 0.1}
+DEFAULTS |= {"save_strategy": "no", "warmup_steps": 0.05, "seed": 0}
+LORA_RATE = 1e-3
+
+
+def main(
+    *,
+    model: Annotated[str, typer.Argument(help="a folder, or ORG/NAME[@REVISION] on the Hub")],
+    data: Annotated[str, typer.Argument(help="rows: a file, a folder, hub:ORG/NAME, stdlib-functions, digits")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="training.KEY=value")] = None,
+    task: Annotated[Name, typer.Option(help="what to learn")] = Name["sequence-classification"],
+    text_column: Annotated[str | None, typer.Option("--text_column", help="[text, or tokens for tags]")] = None,
+    label_column: Annotated[str | None, typer.Option("--label_column", help="[label, or tags]")] = None,
+    block_size: Annotated[int, typer.Option("--block_size", min=2, help="tokens of a row at most")] = 256,
+    lora: Annotated[int | None, typer.Option(min=1, help="train adapters of this rank and the head alone")] = None,
+    gates: Annotated[Gates | None, typer.Option(help="the residual gates [trained; held with --lora]")] = None,
+    from_scratch: Annotated[bool, typer.Option("--from-scratch", help="MODEL's configuration, random weights")] = False,
+    output: Annotated[Path, typer.Option(help="the run's folder, new")] = Path("runs/finetuned"),
+    cache_dir: Annotated[str | None, typer.Option("--cache_dir", help="where prepared data live")] = None,
+) -> None:
+    check_launch()
+    rate = {} if lora is None else {"learning_rate": LORA_RATE}
+    args = script_arguments(output / "checkpoints", DEFAULTS | rate, overrides or ())
+    base = find_base(model, task)
+    rows = read_task(base, TaskConfig(task, data, text_column, label_column), block_size, cache_dir)
+    args.max_steps = steps_over(args, rows.rows)
+    set_seed(args.seed)
+    network = load_base(base, task, rows.id2label, from_scratch)
+    if lora is not None:
+        network = add_lora(network, task, lora, gates == Gates.trained)
+    elif gates == Gates.held:
+        hold_gates(network)
+    on_main(lambda: new_folder(output))
+    record = provenance(args.device) | {
+        "name": output.name,
+        "task": str(task),
+        "data": rows.record,
+        "seed": args.seed,
+        "parameters": network.num_parameters(),
+        "trained_parameters": network.num_parameters(only_trainable=True),
+        "lora": lora,
+        "gates": gates or (Gates.held if lora else Gates.trained),
+    }
+    if not from_scratch:
+        record["init_from"] = {"path": model, "commit": base.commit}
+    trainer = ReZeroTrainer(
+        network,
+        args,
+        train_dataset=rows.train(args.seed, args.max_steps * sequences_per_step(args)),
+        eval_dataset=rows.held_out.get("validation"),
+        run_dir=output,
+        **rows.words,
+    )
+    trainer.train()
+    record |= {"finished": now(), "training_seconds": trainer.throughput.seconds()}
+    record["results"] = {split: trainer.measure(held_out) for split, held_out in rows.held_out.items()}
+    if not trainer.is_world_process_zero():
+        return
+    trained = trainer.accelerator.unwrap_model(trainer.model)
+    if lora is not None:
+        trained.save_pretrained(output / "adapter")
+        trained = trained.merge_and_unload()
+    save_finetuned(trained, rows.processor, output / "model", record, read_metrics(output / "metrics.jsonl"))
+    write_whole(output / "run.json", json.dumps(record, indent=2) + "\n")
+
+    columns = list(next(iter(record["results"].values())))
+    lines = [[split, *(number(found[name]) for name in columns)] for split, found in record["results"].items()]
+    print(table(("split", *(name.replace("_", " ") for name in columns)), lines))
+    print(f"The model is in {output / 'model'}. Next:\n  {next_command(task, output / 'model')}")
+
+
+def next_command(task: str, folder: Path) -> str:
+    """How to use what was made."""
+    if task == "causal-lm":
+        return f'python scripts/generate.py {folder} "def "'
+    what = "IMAGE.png" if task == "image-classification" else "def close(self):"
+    use = f"print(pipeline('{TASKS[task].pipeline}', '{folder}')('{what}'))"
+    return f'python -c "import rezero_hf; from transformers import pipeline; {use}"'
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,312 @@
+"""Every task trains from a checkpoint by one command and leaves a folder that loads; what cannot be is said in one line."""
+
+import csv
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset, Features, List, Value
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from test_portable import finish, start
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from rezero_hf import ReZeroForSequenceClassification, ReZeroMLPConfig, ReZeroMLPForImageClassification
+from rezero_hf.data import IGNORE_INDEX
+from rezero_hf.errors import UserError
+from rezero_hf.finetuning import register_lora_targets
+from rezero_hf.images import image_processor
+from rezero_hf.labelled import STDLIB, read_labelled
+from rezero_hf.runs import read_metrics
+from rezero_hf.tasks import TASKS, TaskConfig, labelled_rows
+
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "finetune.py"
+SMALL = ("training.max_steps=2", "training.per_device_train_batch_size=4", "training.disable_tqdm=true")
+TEXTS = [(f"def f{n}(x): return x", "good") if n % 2 else (f"class C{n}: pass", "bad") for n in range(20)]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tiny_model, tokenizer):
+    """Checkpoints of text and of images, and a file of rows for each task."""
+    folder = tmp_path_factory.mktemp("place")
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    tiny_model(**ids).save_pretrained(folder / "text")
+    tokenizer.save_pretrained(folder / "text")
+    mlp = ReZeroMLPConfig(num_channels=1, image_size=8, hidden_size=8, num_hidden_layers=2, num_labels=3, gate_init=0.5)
+    torch.manual_seed(0)
+    ReZeroMLPForImageClassification(mlp).save_pretrained(folder / "images")
+    image_processor((8, 8), [0.3], [0.4]).save_pretrained(folder / "images")
+    (folder / "notes.txt").write_text("".join(f"line {n} of this text\n" for n in range(400)))
+    with (folder / "rows.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("text", "label"), *TEXTS])
+    (folder / "docs.jsonl").write_text("".join(json.dumps({"body": text * 9}) + "\n" for text, _ in TEXTS))
+    tags = [{"tokens": ["def", f"f{n}", "(", ")"], "tags": ["key", "name", "sign", "sign"]} for n in range(20)]
+    types = Features({"tokens": List(Value("string")), "tags": List(Value("string"))})
+    Dataset.from_list(tags, features=types).to_parquet(folder / "tags.parquet")
+    return folder
+
+
+@pytest.fixture
+def finetune(place, tmp_path, monkeypatch):
+    """Runs the script on files of `place` by their names; returns its output folder."""
+
+    def run(model, data, *words):
+        data = str(place / data) if (place / data).exists() else data
+        argv = [place / model if (place / model).exists() else model, data, *words, *SMALL]
+        argv += ["--output", tmp_path / "run", "--cache_dir", place / "cache", "--block_size", 32]
+        monkeypatch.setattr(sys, "argv", ["finetune.py", *map(str, argv)])
+        try:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        except SystemExit as end:
+            if end.code:
+                raise
+        return tmp_path / "run"
+
+    return run
+
+
+def state(folder, auto):
+    return auto.from_pretrained(folder).state_dict()
+
+
+@pytest.mark.parametrize(
+    ("task", "model", "data", "words", "classes", "measured"),
+    [
+        ("causal-lm", "text", "notes.txt", (), None, "bits_per_byte"),
+        ("causal-lm", "text", "docs.jsonl", ("--text_column", "body"), None, "bits_per_byte"),
+        ("sequence-classification", "text", "rows.csv", (), ["bad", "good"], "accuracy"),
+        ("token-classification", "text", "tags.parquet", (), ["key", "name", "sign"], "accuracy"),
+        ("image-classification", "images", "digits", (), [str(digit) for digit in range(10)], "accuracy"),
+    ],
+)
+def test_a_task_trains_and_its_folder_loads(place, finetune, capsys, task, model, data, words, classes, measured):
+    """Two steps change the weights; the folder has the head and its classes, both splits were measured, and the printed
+    command names the folder."""
+    run = finetune(model, data, "--task", task, *words)
+    trained, before = (state(folder, TASKS[task].auto) for folder in (run / "model", place / model))
+    inner = [name for name in before if name.startswith("model.")]
+    assert any(not torch.equal(trained[name], before[name]) for name in inner)
+    config = TASKS[task].auto.from_pretrained(run / "model").config
+    assert classes is None or list(config.id2label.values()) == classes
+    record = json.loads((run / "run.json").read_text())
+    assert all(measured in record["results"][split] for split in ("validation", "test"))
+    assert record["init_from"]["path"] == str(place / model) and record["trained_parameters"] == record["parameters"]
+    assert {row["event"] for row in read_metrics(run / "metrics.jsonl")} == {"eval"}
+    assert str(run / "model") in capsys.readouterr().out.partition("Next:")[2]
+
+
+ALONE = """
+from transformers import pipeline
+classifier = pipeline("text-classification", folder, **remote)
+assert classifier("def f(x): return x")[0]["label"] in ("good", "bad")
+"""
+
+
+def test_a_classifier_loads_where_the_package_is_not(finetune, tmp_path):
+    finish(start(tmp_path, ALONE, finetune("text", "rows.csv") / "model"))
+
+
+def test_a_classifiers_head_goes_on_where_it_fits_and_is_drawn_where_it_does_not(finetune, place, tmp_path):
+    """Another number of classes needs a new head; of the same number the head that is there is trained on."""
+    model = ReZeroForSequenceClassification.from_pretrained(place / "text", num_labels=2)
+    for number in (2, 3):
+        folder = tmp_path / f"classes-{number}"
+        ReZeroForSequenceClassification.from_pretrained(place / "text", num_labels=number).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(place / "text").save_pretrained(folder)
+    old = ReZeroForSequenceClassification.from_pretrained(tmp_path / "classes-2").score.weight
+    words = ("training.learning_rate=0.0", "training.warmup_steps=0")
+    new = finetune(str(tmp_path / "classes-2"), "rows.csv", *words) / "model"
+    assert torch.equal(ReZeroForSequenceClassification.from_pretrained(new).score.weight, old)
+    new.parent.rename(tmp_path / "earlier")
+    new = finetune(str(tmp_path / "classes-3"), "rows.csv") / "model"
+    assert ReZeroForSequenceClassification.from_pretrained(new).score.weight.shape == model.score.weight.shape
+
+
+def test_gates_are_held_or_trained_by_a_flag(finetune, place, tmp_path):
+    """Held, every alpha is what it was, bit for bit, while the rest moves; else it moves along."""
+    before = state(place / "text", AutoModelForCausalLM)
+    for flag in ("held", "trained"):
+        run = finetune("text", "rows.csv", "--gates", flag)
+        trained = state(run / "model", AutoModelForSequenceClassification)
+        moved = {name: not torch.equal(trained[name], before[name]) for name in trained if name != "score.weight"}
+        assert sum(name.endswith("alpha") for name in moved) == 2
+        assert all(moved[name] == (flag == "trained") for name in moved if name.endswith("alpha"))
+        assert all(moved[name] for name in moved if name.endswith("proj.weight"))
+        run.rename(tmp_path / flag)
+
+
+@pytest.mark.parametrize("flag", ["held", "trained"])
+def test_lora_trains_adapters_and_the_head_alone_and_merges(finetune, place, ids, flag):
+    """What the layers' matrices gained is the adapter; the rest is as it was, but gates where they are trained too. The
+    merged folder says what base and adapter say."""
+    run = finetune("text", "rows.csv", "--lora", 2, "--gates", flag)
+    auto = AutoModelForSequenceClassification
+    merged, before = state(run / "model", auto), state(place / "text", AutoModelForCausalLM)
+    assert merged.keys() ^ before.keys() == {"score.weight", "lm_head.weight"}
+    for name in merged.keys() & before.keys():
+        adapted = name.endswith("proj.weight") or (flag == "trained" and name.endswith("alpha"))
+        assert torch.equal(merged[name], before[name]) != adapted, name
+    base = auto.from_pretrained(place / "text", num_labels=2)
+    again = PeftModel.from_pretrained(base, run / "adapter").eval()
+    torch.testing.assert_close(again(ids).logits, auto.from_pretrained(run / "model").eval()(ids).logits)
+    record = json.loads((run / "run.json").read_text())
+    assert record["lora"] == 2 and record["gates"] == flag
+    assert record["trained_parameters"] < record["parameters"] / 5
+
+
+def test_lora_needs_no_target_modules_once_they_are_registered(tiny_model, monkeypatch):
+    monkeypatch.delitem(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, "rezero", raising=False)
+    with pytest.raises(ValueError, match="target_modules"):
+        get_peft_model(tiny_model(), LoraConfig())
+    register_lora_targets()
+    adapted = [
+        name for name, _ in get_peft_model(tiny_model(), LoraConfig()).named_modules() if name.endswith("lora_A")
+    ]
+    assert len(adapted) == 2 * 6
+
+
+def test_from_scratch_is_the_same_network_with_other_weights(finetune, place):
+    run = finetune("text", "rows.csv", "--from-scratch", "training.seed=1")
+    trained, before = (
+        ReZeroForSequenceClassification.from_pretrained(folder) for folder in (run / "model", place / "text")
+    )
+    assert trained.config.hidden_size == before.config.hidden_size
+    assert not any(
+        torch.equal(value, before.state_dict()[name])
+        for name, value in trained.state_dict().items()
+        if name.endswith("proj.weight")
+    )
+    assert "init_from" not in json.loads((run / "run.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("nowhere", "rows.csv"), "nowhere: there is no such folder"),
+        (("text", "nowhere.csv"), "nowhere.csv: there is no such file or folder"),
+        (("text", "rows.csv", "--text_column", "txt"), "has no column 'txt' in train, only text, label: choose another text_column"),
+        (("text", "rows.csv", "--label_column", "class"), "has no column 'class' in train, only text, label"),
+        (("text", "gaps.csv"), "gaps.csv: train, row 1: label is missing"),
+        (("text", "empty.csv"), "empty.csv: train, row 1: text is None, not text"),
+        (("text", "two.csv"), "two.csv has no rows for train: add some"),
+        (("text", "tags.parquet", "--text_column", "tokens", "--label_column", "tags"), "sequence-classification needs strings in"),
+        (("text", "rows.csv", "--task", "token-classification", "--text_column", "text", "--label_column", "label"), "needs lists of words in"),
+        (("text", "digits", "--task", "image-classification"), "holds a model that reads text, and --task image-classification is about images"),
+        (("images", "rows.csv"), "holds a model that reads images, and --task sequence-classification is about text"),
+        (("images", "digits", "--task", "image-classification", "--lora", "2"), "--lora is for language models"),
+        (("no-tokenizer", "rows.csv"), "holds no tokenizer"),
+        (("classifier", "notes.txt", "--task", "causal-lm"), "its weights are not those of a ReZeroForCausalLM: lm_head.weight is missing"),
+        (("text", "notes.txt", "--task", "causal-lm", "--label_column", "label"), "--label_column is for classes"),
+        (("learned", "rows.csv"), "--block_size 32: "),
+        (("plain", "rows.csv", "--lora", "2", "--gates", "trained"), "residual='plain' has no gates"),
+        (("text", "rows.csv", "training.learning_rat=1"), "key 'learning_rat' is unknown; did you mean 'learning_rate'?"),
+        (("text", "rows.csv", "model.hidden_size=1"), "override: 'model.hidden_size' is not section.key with a section of training"),
+        (("text", "rows.csv", "training.learning_rate=-1.0"), "learning_rate=-1.0: must be a finite number"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line_and_leaves_nothing(odd_places, finetune, tmp_path, capsys, words, message):
+    with pytest.raises(SystemExit) as end:
+        finetune(*words)
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert end.value.code == 2 and len(errors) == 1 and message in errors[0], errors
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def odd_places(place, tiny_model, tokenizer):
+    """Models and files beside the others that something is wrong with."""
+    for name, rows in {
+        "gaps.csv": [("a", "x"), ("b", None), ("c", "x")],
+        "empty.csv": [("a", "x"), (None, "x"), ("c", "x")],
+        "two.csv": [("a", "x"), ("b", "y")],
+    }.items():
+        with (place / name).open("w", newline="") as file:
+            csv.writer(file).writerows([("text", "label"), *rows])
+    models = {
+        "classifier": tiny_model(ReZeroForSequenceClassification, pad_token_id=257),
+        "learned": tiny_model(position_embedding="learned", max_position_embeddings=16),
+        "plain": tiny_model(residual="plain"),
+    }
+    for name, model in models.items():
+        model.save_pretrained(place / name)
+        tokenizer.save_pretrained(place / name)
+    models["plain"].save_pretrained(place / "no-tokenizer")
+
+
+def test_a_folder_that_holds_something_is_left_alone(finetune, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("mine")
+    with pytest.raises(SystemExit):
+        finetune("text", "rows.csv")
+    assert "run is not empty; choose another folder with --output" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+
+
+def test_labelled_text_is_held_out_by_its_text_and_in_no_two_splits(tmp_path):
+    """A missing split is a tenth of the training texts; one that is there takes its texts out of training."""
+    rows = [{"text": f"text {n % 30}", "label": n % 3} for n in range(60)]
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = read_labelled(str(path), "text", "label")
+    texts = {split: {row.text for row in rows} for split, rows in found.splits.items()}
+    assert {split: len(rows) for split, rows in found.splits.items()} == {"train": 48, "validation": 6, "test": 6}
+    assert len(set.union(*texts.values())) == sum(map(len, texts.values())) == 30
+    assert found.classes == ["0", "1", "2"]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:5]))
+    found = read_labelled(str(tmp_path), "text", "label")
+    assert [row.text for row in found.splits["test"]] == [f"text {n}" for n in range(5)]
+    assert not {row.text for row in found.splits["train"]} & {f"text {n}" for n in range(5)}
+    assert found.record["origin"]["rows_also_held_out"] == 10
+    (tmp_path / "test.jsonl").write_text(json.dumps({"text": "new", "label": 7}) + "\n")
+    with pytest.raises(UserError, match="test has the label '7', which no training row has"):
+        read_labelled(str(tmp_path), "text", "label")
+
+
+def test_a_words_label_is_at_its_last_token(place, tokenizer):
+    """Where a causal network has seen the whole word; the words read as text does, with spaces between them."""
+    task = TaskConfig("token-classification", str(place / "tags.parquet"))
+    row = labelled_rows(task, tokenizer, 100).held_out["test"][0]
+    text = tokenizer.decode(row["input_ids"])
+    assert text.startswith("def f") and text.endswith(" ( )")
+    ends = [place for place, label in enumerate(row["labels"]) if label != IGNORE_INDEX]
+    assert ends == [n - 1 for n in range(1, len(text) + 1) if n == len(text) or text[n] == " "]
+    assert [row["labels"][end] for end in ends] == [0, 1, 2, 2]
+
+
+STDLIB_MODULE = '''
+def double{n}(x, *, by=2):
+    """Multiply.{n}"""
+    def inner():
+        return None
+    return by * x
+
+def tell{n}(x): print(x)
+
+class Stack{n}:
+    def leave{n}(self): return None
+    def walk{n}(self):
+        yield 1
+'''
+
+
+def test_stdlib_functions_say_whether_something_is_given_back(tmp_path, monkeypatch):
+    """Head and docstring without the body; what an inner function returns does not count. Split as the corpus is."""
+    for n in range(60):
+        (tmp_path / f"m{n}.py").write_text(STDLIB_MODULE.format(n=n))
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(tmp_path)})
+    found = read_labelled(STDLIB, "text", "label", str(tmp_path / "cache"))
+    labels = {row.text: found.classes[row.label] for rows in found.splits.values() for row in rows}
+    assert labels["def double7(x, *, by=2):\n    Multiply.7"] == "a value"
+    assert labels["def tell7(x):"] == labels["def leave7(self):"] == labels["def inner():"] == "nothing"
+    assert labels["def walk7(self):"] == "a value"
+    numbers = {
+        split: {row.text.partition("tell")[2][:2] for row in rows if "tell" in row.text}
+        for split, rows in found.splits.items()
+    }
+    assert all(numbers.values()) and sum(map(len, numbers.values())) == 60
+    monkeypatch.setattr("rezero_hf.labelled.ast.parse", lambda *_: pytest.fail("read again"))
+    assert read_labelled(STDLIB, "text", "label", str(tmp_path / "cache")) == found
