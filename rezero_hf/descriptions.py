@@ -7,12 +7,30 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .errors import UserError
 from .markdown import join
-from .models import ReZeroForCausalLM, ReZeroMLPForImageClassification, ReZeroResNetForImageClassification
+from .models import (
+    ReZeroForCausalLM,
+    ReZeroForSequenceClassification,
+    ReZeroForTokenClassification,
+    ReZeroMLPForImageClassification,
+    ReZeroResNetForImageClassification,
+)
 from .models.residual import RESIDUAL_FORMS
 
 
-# The models that there is a card for. Other heads are made by fine-tuning; the library's own card serves them.
-DESCRIBED = (ReZeroForCausalLM, ReZeroResNetForImageClassification, ReZeroMLPForImageClassification)
+# The models that there is a card for; the library's own card serves other heads.
+DESCRIBED = (
+    ReZeroForCausalLM,
+    ReZeroForSequenceClassification,
+    ReZeroForTokenClassification,
+    ReZeroResNetForImageClassification,
+    ReZeroMLPForImageClassification,
+)
+# A language model's head -> the Hub's word for its task.
+TEXT_TASKS = {
+    "ReZeroForCausalLM": "text-generation",
+    "ReZeroForSequenceClassification": "text-classification",
+    "ReZeroForTokenClassification": "token-classification",
+}
 PAPER = "https://arxiv.org/abs/2003.04887"
 BRANCHES = {
     "basic": "two 3x3 convolutions",
@@ -41,7 +59,7 @@ class Description(NamedTuple):
         architecture: part -> value.
     """
 
-    pipeline_tag: Literal["text-generation", "image-classification"]
+    pipeline_tag: Literal["text-generation", "text-classification", "token-classification", "image-classification"]
     measure: Literal["bits_per_byte", "loss"]
     name: str
     model: str
@@ -52,6 +70,17 @@ class Description(NamedTuple):
     @property
     def of_images(self) -> bool:
         return self.pipeline_tag == "image-classification"
+
+    @property
+    def writes(self) -> bool:
+        return self.pipeline_tag == "text-generation"
+
+    @property
+    def item(self) -> str:
+        """What its loss is a mean over."""
+        return {"image-classification": "image", "text-classification": "text", "token-classification": "word"}.get(
+            self.pipeline_tag, "token"
+        )
 
 
 def described_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
@@ -119,10 +148,14 @@ def _language_model(config: PreTrainedConfig) -> Description:
         "output layer": "tied to the embedding" if config.tie_word_embeddings else "its own",
         "dropout": join(f"{place} {value:g}" for place, value in dropouts.items() if value) or "none",
     }
-    model = f"A decoder-only language model with {config.num_hidden_layers} layers"
-    return Description(
-        "text-generation", "bits_per_byte", "ReZero language model", model, difference, norms, architecture
-    )
+    task = TEXT_TASKS[(config.architectures or ["ReZeroForCausalLM"])[0]]
+    layers = f"with {config.num_hidden_layers} layers"
+    if task == "text-generation":
+        model, name, measure = f"A decoder-only language model {layers}", "ReZero language model", "bits_per_byte"
+    else:
+        model, name, measure = f"A text classifier, a decoder-only Transformer {layers}", "ReZero classifier", "loss"
+        architecture["classes"] = _classes(config)
+    return Description(task, measure, name, model, difference, norms, architecture)
 
 
 def _resnet(config: PreTrainedConfig) -> Description:

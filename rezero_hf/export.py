@@ -187,7 +187,7 @@ def rescue(
 
 
 def _write_model(model: PreTrainedModel, processor: Processor, folder: Path, state_dict: dict[str, Any] | None) -> None:
-    with _generating_as(processor, model) if model.can_generate() else nullcontext():
+    with _generating_as(processor, model) if model.can_generate() else caching(model):
         model.save_pretrained(folder, state_dict=state_dict)
     processor.save_pretrained(folder)
 
@@ -207,8 +207,11 @@ def _generating_as(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -
 
 
 def caching(model: PreTrainedModel) -> AbstractContextManager[None]:
-    """Switch the cache on inside the block, which Trainer switches off in the configuration of a model it trains."""
-    return temporarily(model.config, use_cache=True) if model.can_generate() else nullcontext()
+    """Switch the cache on inside the block, which Trainer switches off in the configuration of a model it trains.
+
+    Also under a head that does not generate: a language model may begin with its weights.
+    """
+    return temporarily(model.config, use_cache=True) if hasattr(model.config, "use_cache") else nullcontext()
 
 
 @contextmanager

@@ -1,7 +1,7 @@
-"""A pretrained model made ready for a task, and what comes of it saved for others (`scripts/finetune.py`)."""
+"""A pretrained model made ready for a task (`scripts/finetune.py`)."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from transformers import (
@@ -13,9 +13,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .descriptions import DESCRIBED
 from .errors import UserError
-from .export import export_folder, temporarily, write_records
 from .opening import find, load_config, load_processor
 from .optim import gates
 from .recipe import FAMILIES
@@ -170,30 +168,3 @@ def hold_gates(model: PreTrainedModel) -> None:
     """Leave every gate as it is, whatever is trained around it."""
     for alpha in gates(model).values():
         alpha.requires_grad_(False)
-
-
-def save_finetuned(
-    model: PreTrainedModel,
-    processor: PreTrainedTokenizerBase | BaseImageProcessor,
-    folder: Path,
-    run: dict[str, Any],
-    metrics: list[dict],
-) -> None:
-    """Write a folder that loads anywhere. Language models and image classifiers get a card and are verified, as in
-    `export_folder`; another head is saved with its tokenizer and the record of its run.
-
-    Args:
-        model: trained, adapters merged. Its head decides.
-        processor: tokenizer or image processor.
-        folder: where to.
-        run: the run's record.
-        metrics: rows of its `metrics.jsonl`.
-    """
-    if isinstance(model, DESCRIBED):
-        export_folder(model, processor, folder, run=run, metrics=metrics)
-        return
-    # Trainer switches the cache off, and another model may begin from this one.
-    with temporarily(model.config, use_cache=True):
-        model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    write_records(folder, run, None)

@@ -34,6 +34,13 @@ SOURCES = {
         "risk": "It writes text that looks like Python. Read it before you run it.",
         "prompt": "def main(",
     },
+    "stdlib-functions": {
+        "title": "heads and docstrings of the Python standard library's functions",
+        "language": "code",
+        "licence": "Python Software Foundation License (PSF-2.0)",
+        "risk": None,
+        "prompt": "def close(self):",
+    },
     "enwik8": {
         "title": "enwik8, the first 100 MB of an English Wikipedia dump of 2006",
         "language": "en",
@@ -81,9 +88,11 @@ def render_card(
     sources = _sources(data)
     known = [SOURCES[source] for source in sources if source in SOURCES]
     licences = [f"Licence of {entry['title']}: {entry['licence']}." for entry in known]
-    if about.of_images:
-        # The configuration names the classes, and the notice is a sentence of its own.
+    if not about.writes:
+        # The configuration names them.
         data.pop("classes", None)
+    if about.of_images:
+        # The notice is a sentence of its own.
         licences = [notice] if (notice := data.pop("notice", None)) else []
     titles = IMAGE_SOURCES | {name: entry["title"] for name, entry in SOURCES.items()}
     name = run.get("name") or about.name
@@ -108,6 +117,9 @@ def render_card(
         name=name,
         model=about.model,
         of_images=about.of_images,
+        writes=about.writes,
+        pipeline_tag=about.pipeline_tag,
+        item=about.item,
         classes=config.num_labels,
         grey=about.of_images and config.num_channels == 1,
         unfinished=run.get("unfinished"),
@@ -129,7 +141,7 @@ def render_card(
         licences="\n".join(licences),
         training=table(("training", "value"), _training(run)),
         recipe=fenced(recipe_text, "yaml") if recipe_text else None,
-        risks=[entry["risk"] for entry in known],
+        risks=[entry["risk"] for entry in known if about.writes and entry["risk"]],
         licence=_licence(license, about, len(licences), len(sources)),
         user_section=_user_section(previous),
     )
@@ -213,8 +225,7 @@ def _splits(measured: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 
 def _metric(name: str, about: Description) -> str:
     """A measured number's name for a reader."""
-    unit = "nats per image" if about.of_images else "nats per token"
-    return f"loss ({unit})" if name == "loss" else name.replace("_", " ")
+    return f"loss (nats per {about.item})" if name == "loss" else name.replace("_", " ")
 
 
 def _captions(about: Description) -> dict[str, str]:

@@ -18,12 +18,13 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .checkpoints import MANIFEST, verify_checkpoint
-from .descriptions import DESCRIBED
 from .errors import UserError, one_line
+from .models import ReZeroMLPForImageClassification, ReZeroResNetForImageClassification
 from .publishing import FAILURES
 from .starting import UNREADABLE, load_whole
 
 
+IMAGE_CLASSIFIERS = (ReZeroResNetForImageClassification, ReZeroMLPForImageClassification)
 # Weights and what describes them, at the root of a repository; checkpoints to go on from lie in folders beside.
 WANTED = {
     "allow_patterns": ["*.json", "*.safetensors", "*.txt", "*.model", "*.yaml", "*.jinja"],
@@ -73,7 +74,7 @@ def open_model(name: str) -> Opened:
         head = (config.architectures or ["a model without a head"])[0]
         if head in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
             return AutoModelForCausalLM
-        for model_class in DESCRIBED:
+        for model_class in IMAGE_CLASSIFIERS:
             if model_class.__name__ == head:
                 return model_class
         raise UserError(

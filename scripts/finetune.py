@@ -21,7 +21,8 @@ from transformers import set_seed
 from rezero_hf.arguments import sequences_per_step
 from rezero_hf.cli import run
 from rezero_hf.durable import write_whole
-from rezero_hf.finetuning import add_lora, find_base, hold_gates, load_base, read_task, save_finetuned
+from rezero_hf.export import export_folder
+from rezero_hf.finetuning import add_lora, find_base, hold_gates, load_base, read_task
 from rezero_hf.launching import check_launch
 from rezero_hf.markdown import number, table
 from rezero_hf.recipe import script_arguments
@@ -97,7 +98,8 @@ def main(
     if lora is not None:
         trained.save_pretrained(output / "adapter")
         trained = trained.merge_and_unload()
-    save_finetuned(trained, rows.processor, output / "model", record, read_metrics(output / "metrics.jsonl"))
+    rows_of_run = read_metrics(output / "metrics.jsonl")
+    export_folder(trained, rows.processor, output / "model", run=record, metrics=rows_of_run)
     write_whole(output / "run.json", json.dumps(record, indent=2) + "\n")
 
     columns = list(next(iter(record["results"].values())))

@@ -26,7 +26,7 @@ from rezero_hf.images import cifar_image_processor, image_processor
 from rezero_hf.models import (
     ReZeroConfig,
     ReZeroForCausalLM,
-    ReZeroForSequenceClassification,
+    ReZeroForQuestionAnswering,
     ReZeroMLPConfig,
     ReZeroMLPForImageClassification,
     ReZeroResNetConfig,
@@ -575,7 +575,7 @@ def test_an_image_processor_that_does_not_fit_is_refused(exported_images, resnet
 
 def test_another_head_is_refused_before_anything_is_left(tmp_path, tokenizer):
     """There is no card for it: one line says so, and no folder."""
-    model = ReZeroForSequenceClassification(tiny().config)
-    with pytest.raises(UserError, match="ReZeroForSequenceClassification has no model card"):
+    model = ReZeroForQuestionAnswering(tiny().config)
+    with pytest.raises(UserError, match="ReZeroForQuestionAnswering has no model card"):
         export_folder(model, tokenizer, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []

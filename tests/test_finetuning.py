@@ -22,6 +22,7 @@ from rezero_hf.images import image_processor
 from rezero_hf.labelled import STDLIB, read_labelled
 from rezero_hf.runs import read_metrics
 from rezero_hf.tasks import TASKS, TaskConfig, labelled_rows
+from rezero_hf.verification import verify_folder
 
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "finetune.py"
@@ -84,8 +85,8 @@ def state(folder, auto):
     ],
 )
 def test_a_task_trains_and_its_folder_loads(place, finetune, capsys, task, model, data, words, classes, measured):
-    """Two steps change the weights; the folder has the head and its classes, both splits were measured, and the printed
-    command names the folder."""
+    """Two steps change the weights; the folder has the head, its classes and a card with what was measured, and goes to
+    the Hub as it is; the printed command names it."""
     run = finetune(model, data, "--task", task, *words)
     trained, before = (state(folder, TASKS[task].auto) for folder in (run / "model", place / model))
     inner = [name for name in before if name.startswith("model.")]
@@ -94,6 +95,8 @@ def test_a_task_trains_and_its_folder_loads(place, finetune, capsys, task, model
     assert classes is None or list(config.id2label.values()) == classes
     record = json.loads((run / "run.json").read_text())
     assert all(measured in record["results"][split] for split in ("validation", "test"))
+    verify_folder(run / "model")
+    assert "## Measured results" in (run / "model" / "README.md").read_text()
     assert record["init_from"]["path"] == str(place / model) and record["trained_parameters"] == record["parameters"]
     assert {row["event"] for row in read_metrics(run / "metrics.jsonl")} == {"eval"}
     assert str(run / "model") in capsys.readouterr().out.partition("Next:")[2]

@@ -281,7 +281,7 @@ def test_only_what_is_code_is_trusted():
     assert own.count('Image.open("image.png").convert("L")') == remote.count('.convert("L")') == 1
 
 
-@pytest.mark.parametrize("architecture", ["ReZeroForSequenceClassification", "ReZeroResNetModel", "BertModel"])
+@pytest.mark.parametrize("architecture", ["ReZeroForQuestionAnswering", "ReZeroResNetModel", "BertModel"])
 def test_a_model_without_a_card_is_one_line(architecture):
     """Other heads, and models of others, are named, with what to do instead."""
     with pytest.raises(
@@ -289,6 +289,27 @@ def test_a_model_without_a_card_is_one_line(architecture):
     ) as caught:
         render_card(None, config(architectures=[architecture]))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("head", "task", "item"),
+    [
+        ("ReZeroForSequenceClassification", "text-classification", "text"),
+        ("ReZeroForTokenClassification", "token-classification", "word"),
+    ],
+)
+def test_the_card_of_a_text_classifier(head, task, item):
+    """It says what it tells apart and how it is called, is measured by accuracy, and promises no text."""
+    run = {"data": {"source": "stdlib-functions"}, "results": {"test": {"loss": 0.5, "accuracy": 0.75}}}
+    card = render_card(run, config(architectures=[head], id2label={0: "nothing", 1: "a value"}))
+    assert card.data.pipeline_tag == task
+    assert {result.metric_type: result.metric_value for result in card.data.eval_results} == run["results"]["test"]
+    text = " ".join(card.text.split())
+    assert "It names the most likely of 2 classes" in text and "| classes | 2: nothing, a value |" in text
+    assert f"loss (nats per {item})" in text and f"Accuracy is the share of {item}s" in text
+    assert card.text.count(f'pipeline("{task}", "USER/NAME"') == 2
+    assert "Python Software Foundation License" in text
+    assert "generate" not in text and "It writes" not in text and "Bits per byte" not in text
 
 
 def test_images_are_measured_in_one_way():

@@ -11,7 +11,7 @@ import pytest
 from hub_server import Refuse
 
 from rezero_hf import (
-    ReZeroForSequenceClassification,
+    ReZeroForQuestionAnswering,
     ReZeroMLPConfig,
     ReZeroMLPForImageClassification,
     ReZeroTrainer,
@@ -308,6 +308,6 @@ def test_another_model_is_not_pushed_by_halves(hub, tiny_model, tokenizer, tmp_p
     """A head without a card, and a model without its tokenizer, are refused before training."""
     args = ReZeroTrainingArguments(tmp_path, report_to="none", push_to_hub=True, hub_model_id=REPO, max_steps=1)
     with pytest.raises(UserError, match=r"pushes ReZeroForCausalLM, .* with tokenizer or image processor"):
-        ReZeroTrainer(tiny_model(ReZeroForSequenceClassification), args, processing_class=tokenizer)
+        ReZeroTrainer(tiny_model(ReZeroForQuestionAnswering), args, processing_class=tokenizer)
     with pytest.raises(UserError, match=r"pushes ReZeroForCausalLM, .* with tokenizer or image processor"):
         ReZeroTrainer(tiny_model(), args)

@@ -468,7 +468,7 @@ def test_a_mistake_in_the_script_is_one_line_and_leaves_nothing(
 ):
     for name, model in (
         ("baseline", tiny_model(residual="post_norm")),
-        ("head", tiny_model(ReZeroForTokenClassification)),
+        ("head", tiny_model(ReZeroForQuestionAnswering)),
         ("untrained", tiny_model(gate_init=0.0)),
     ):
         model.save_pretrained(tmp_path / name)
@@ -487,7 +487,7 @@ def test_a_mistake_in_the_script_is_one_line_and_leaves_nothing(
         (("fold", tmp_path / "nowhere", output), "there is no such folder"),
         (("fold", tmp_path / "empty", output), "holds no model"),
         (("fold", tmp_path / "other", output), "GPT2LMHeadModel has no model card"),
-        (("fold", tmp_path / "head", output), "ReZeroForTokenClassification has no model card"),
+        (("fold", tmp_path / "head", output), "ReZeroForQuestionAnswering has no model card"),
         (("fold", folder, tmp_path / "head"), "is not empty; choose another folder"),
         (("fold", tmp_path / "torn", output), "run.json is damaged (Expecting value"),
         (("fold", tmp_path / "newer", output), "newer holds no model (Validation error for field 'residual'"),
