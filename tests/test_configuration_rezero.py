@@ -2,13 +2,16 @@
 
 import ast
 import re
+from pathlib import Path
 
 import pytest
 from huggingface_hub.errors import StrictDataclassError
 
 from rezero_hf import ReZeroConfig
+from rezero_hf.studies import load_study
 
 
+ROOT = Path(__file__).parents[1]
 OWN_FIELDS = {name: getattr(ReZeroConfig, name) for name in ReZeroConfig.__annotations__}
 
 # Another value for every field, for the round trip.
@@ -103,6 +106,18 @@ def test_the_papers_sizes(layers, sizes):
     assert (config.residual, config.gate_init, config.gate_sharing, config.final_norm) == ("rezero", 0, "layer", False)
     other = ReZeroConfig.paper(layers, hidden_dropout=0.0, residual="post_norm")
     assert (other.hidden_dropout, other.residual, other.attention_dropout) == (0.0, "post_norm", 0.2)
+
+
+@pytest.mark.parametrize(("layers", "study"), [(12, "norm_free"), (48, "norm_free_deep")])
+def test_the_bounded_form_is_the_one_that_was_measured(layers, study):
+    """`bounded()` says what the row of the study at its depth says, and any field can be said over it."""
+    words = load_study(ROOT / "scripts" / "recipes" / f"{study}.yaml").rows["rezero_tanh"].set
+    config = ReZeroConfig.bounded(layers)
+    measured = {key.removeprefix("model."): value for key, value in words.items() if key.startswith("model.")}
+    assert {name: getattr(config, name) for name in measured} == measured
+    assert config.num_hidden_layers == layers
+    assert ReZeroConfig.bounded(24).gate_init == pytest.approx(0.5 / 8**0.5)
+    assert ReZeroConfig.bounded(layers, gate_init=0.1, hidden_size=64).gate_init == 0.1
 
 
 def test_json_round_trip(tmp_path):
