@@ -110,7 +110,7 @@ def integrations_table(result: dict[str, Any]) -> str | None:
     """What `scripts/integrations.py` found: a line a check, and one for each client that did not run to its end."""
     rows = [
         [
-            f"{check['client']} {check['version']}",
+            f"{check['client']} ({check['package']} {check['version']})",
             check["what"],
             f"{check['value']:.2g} {check['unit']}",
             f"{check['limit']:g}",

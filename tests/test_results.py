@@ -100,15 +100,16 @@ def test_the_readmes_tables_are_made_from_the_committed_records():
 
 def test_a_clients_failure_is_shown():
     """A number beyond its limit, a client that is not there and one that failed are rows of the table, like successes."""
-    check = {"client": "PEFT", "version": "1.0", "what": "merged", "value": 1e-6, "limit": 1e-5, "unit": "of a logit"}
+    check = {"client": "PEFT", "package": "peft", "version": "1.0", "what": "merged", "unit": "of a logit"}
+    check |= {"value": 1e-6, "limit": 1e-5}
     result = {
         "checks": [check, {**check, "value": 0.5}],
         "left_out": {"TRL": "trl"},
         "failed": {"lm-eval": "ValueError: no such task"},
     }
     assert integrations_table(result).splitlines()[2:] == [
-        "| PEFT 1.0 | merged | 1e-06 of a logit | 1e-05 | yes |",
-        "| PEFT 1.0 | merged | 0.5 of a logit | 1e-05 | **no** |",
+        "| PEFT (peft 1.0) | merged | 1e-06 of a logit | 1e-05 | yes |",
+        "| PEFT (peft 1.0) | merged | 0.5 of a logit | 1e-05 | **no** |",
         "| TRL |  |  |  | not installed: trl |",
         "| lm-eval |  |  |  | **failed**: ValueError: no such task |",
     ]
