@@ -3,7 +3,7 @@
 import math
 import os
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -79,9 +79,18 @@ class ReZeroTrainingArguments(TrainingArguments):
     remove_unused_columns: bool | None = field(default=False)
     ddp_find_unused_parameters: bool | None = field(default=False)
     logging_steps: float = field(default=10)
+    # The library's own from 5.23 on, which is what their defaults are.
+    activation_checkpointing: bool | None = field(default=None)
+    activation_checkpointing_kwargs: dict[str, Any] | str | None = field(default=None)
 
     def __post_init__(self):
         self._check_values()
+        if not hasattr(TrainingArguments, "activation_checkpointing"):
+            # Until then it reads them under the names that it still takes for the same.
+            for word in ("checkpointing", "checkpointing_kwargs"):
+                said = getattr(self, f"activation_{word}") or getattr(self, f"gradient_{word}")
+                setattr(self, f"activation_{word}", said)
+                setattr(self, f"gradient_{word}", said)
         # The library refuses bf16 without an accelerator unless told that the CPU is meant; recipes run on both.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()

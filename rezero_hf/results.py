@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 
 from .errors import UserError
 from .markdown import join
+from .markdown import table as markdown_table
 from .runs import read_metrics
 from .traces import scrub
 
 
 MEASURED = "# Measured "
+NONE = "No client's result is committed yet."
 COLUMNS = ("run", "seed", "parameters", "tokens", "validation", "test", "training", "device", "versions", "commit")
 
 
@@ -41,11 +43,11 @@ def collect(run_dir: str | Path) -> dict[str, Any]:
 
 
 def collect_result(run_dir: str | Path) -> dict[str, Any]:
-    """The result of a study (`scripts/reproduce.py`) or a benchmark (`scripts/benchmark.py`) that was run whole.
+    """The result of a study (`scripts/reproduce.py`), a benchmark or the integrations that were run whole.
 
     Raises:
-        UserError: there is none, or its numbers are not worth keeping: a smoke run, some rows alone, or a benchmark
-            without some of its arms.
+        UserError: there is none, or its numbers are not worth keeping: a smoke run, some rows alone, a benchmark
+            without some of its arms, or integrations without some of their clients.
     """
     path = Path(run_dir) / "result.json"
     result = json.loads(path.read_text(encoding="utf-8"))
@@ -64,15 +66,16 @@ class Committed(NamedTuple):
     runs: list[dict[str, Any]]
     studies: list[dict[str, Any]]
     benchmarks: list[dict[str, Any]]
+    integrations: list[dict[str, Any]]
 
 
 def committed(folder: str | Path) -> Committed:
     """Every result in a folder, `model_cards/results`."""
-    found = Committed([], [], [])
+    found = Committed([], [], [], [])
     for path in sorted(Path(folder).glob("*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
-        kind = "benchmarks" if "comparisons" in record else "studies" if "rows" in record else "runs"
-        getattr(found, kind).append(record)
+        kinds = {"comparisons": found.benchmarks, "rows": found.studies, "checks": found.integrations}
+        next((kinds[word] for word in kinds if word in record), found.runs).append(record)
     return found
 
 
@@ -96,6 +99,40 @@ def table(records: Iterable[dict[str, Any]]) -> str:
         )
     lines = [COLUMNS, ["---"] * len(COLUMNS), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def works(check: dict[str, Any]) -> bool:
+    """Whether the two things that a client's check compares are as near to each other as they have to be."""
+    return check["value"] <= check["limit"]
+
+
+def integrations_table(result: dict[str, Any]) -> str | None:
+    """What `scripts/integrations.py` found: a line a check, and one for each client that did not run to its end."""
+    rows = [
+        [
+            f"{check['client']} ({check['package']} {check['version']})",
+            check["what"],
+            f"{check['value']:.2g} {check['unit']}",
+            f"{check['limit']:g}",
+            "yes" if works(check) else "**no**",
+        ]
+        for check in result["checks"]
+    ]
+    rows += [[client, "", "", "", f"not installed: {package}"] for client, package in result["left_out"].items()]
+    rows += [[client, "", "", "", f"**failed**: {why}"] for client, why in result["failed"].items()]
+    return markdown_table(("client", "what was done and compared", "measured", "at most", "works"), rows)
+
+
+def integrations_section(results: Iterable[dict[str, Any]]) -> str:
+    """What the README shows: every committed table, and what it was made of."""
+    parts = []
+    for result in results:
+        packages = ("torch", "transformers")
+        versions = ", ".join(f"{package} {result['versions'][package]}" for package in packages)
+        git = result["git"] or {"sha": "unknown"}
+        made = f"On {result['device']}, {versions}, commit `{git['sha'][:8]}`; one model of {result['checkpoint']}."
+        parts += [integrations_table(result), made]
+    return "\n\n".join(parts) or NONE
 
 
 def measured_line(records: Iterable[dict[str, Any]], name: str) -> str:

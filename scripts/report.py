@@ -1,6 +1,6 @@
 """Commit finished runs to `model_cards/results`, and write their numbers into the README and their recipes' headers.
 
-python scripts/report.py runs/quickstart runs/quickstart.1 runs/mlp_depth runs/benchmark
+python scripts/report.py runs/quickstart runs/quickstart.1 runs/mlp_depth runs/benchmark runs/integrations
 """
 
 import json
@@ -16,6 +16,7 @@ from rezero_hf.results import (
     collect,
     collect_result,
     committed,
+    integrations_section,
     measured_line,
     splice,
     table,
@@ -30,7 +31,7 @@ CARDS = Path("model_cards")
 
 def main(
     runs: Annotated[
-        list[Path] | None, typer.Argument(help="finished runs, studies and benchmarks; none only rewrites the README")
+        list[Path] | None, typer.Argument(help="folders of finished results; none only rewrites the README")
     ] = None,
 ):
     results = CARDS / "results"
@@ -41,6 +42,9 @@ def main(
         name = result_name(record) if whole else f"{record['name']}-seed{record['seed']}"
         text = json.dumps(record, indent=None if whole else 1)
         (results / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+        if whole and "checks" in record:
+            print(f"{folder} -> {results / name}.json")
+            continue
         # The card and its pictures keep their places relative to each other.
         card, source = CARDS / name, folder if whole else folder / "model"
         shutil.rmtree(card, ignore_errors=True)
@@ -50,7 +54,7 @@ def main(
         if not whole:
             shutil.copyfile(source / "README.md", card / "README.md")
         print(f"{folder} -> {results / name}.json, {card}")
-    records, studies, benchmarks = committed(results)
+    records, studies, benchmarks, integrations = committed(results)
     for result in benchmarks:
         (CARDS / result_name(result) / "README.md").write_text(benchmark_card(result), encoding="utf-8")
     for result in studies:
@@ -64,7 +68,8 @@ def main(
     readme = Path("README.md")
     text = splice(readme.read_text(encoding="utf-8"), table(records))
     text = splice(text, studies_table(studies), "studies")
-    readme.write_text(splice(text, benchmark_section(benchmarks), "benchmark"), encoding="utf-8")
+    text = splice(text, benchmark_section(benchmarks), "benchmark")
+    readme.write_text(splice(text, integrations_section(integrations), "integrations"), encoding="utf-8")
 
 
 if __name__ == "__main__":

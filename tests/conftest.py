@@ -11,9 +11,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+import transformers  # noqa: E402
 from hub_server import HubServer  # noqa: E402
 from huggingface_hub import close_session, constants  # noqa: E402
 from hypothesis import settings  # noqa: E402
+from packaging.version import Version  # noqa: E402
 
 from rezero_hf import ReZeroConfig, ReZeroForCausalLM, byte_tokenizer  # noqa: E402
 
@@ -33,11 +35,13 @@ TINY = {
 
 
 def pytest_collection_modifyitems(items):
-    """Tests marked `gpu` are skipped where there is none."""
-    if not torch.accelerator.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs an accelerator"))
+    """Tests marked `gpu` are skipped where there is none, those marked `since` on an older Transformers."""
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.accelerator.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs an accelerator"))
+        since = item.get_closest_marker("since")
+        if since and Version(transformers.__version__) < Version(since.args[0]):
+            item.add_marker(pytest.mark.skip(reason=f"needs Transformers {since.args[0]}"))
 
 
 @pytest.fixture(scope="session")

@@ -18,9 +18,15 @@ import time
 from collections import defaultdict, deque
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib import import_module
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from hub_repositories import NEED_TOKEN, ROUTES, Answer, HubError, Repositories, Request
+from huggingface_hub.errors import HTTPError
+
+
+# What the client speaks through, whose errors it lets pass: httpx2, and httpx before version 2.
+httpx = import_module(HTTPError.__module__.partition(".")[0])
 
 
 @dataclass(frozen=True)

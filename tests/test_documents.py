@@ -75,7 +75,7 @@ def test_every_path_link_and_make_target_exists(name):
     text, makefile = DOCUMENTS[name], (ROOT / "Makefile").read_text(encoding="utf-8")
     for path in re.findall(r"(?:scripts|rezero_hf|tests|docs|model_cards)/[\w./-]+\.\w+", text):
         assert (ROOT / path).exists(), path
-    for target in re.findall(r"(?:^|`)make ([a-z]+)", text, re.MULTILINE):
+    for target in re.findall(r"(?:^|`)make ([a-z-]+)", text, re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
     for link in re.findall(r"\]\((?!https?:)([^)]+)\)", text):
         path, _, anchor = link.partition("#")

@@ -7,9 +7,9 @@ import shutil
 import sys
 from dataclasses import replace
 
-import httpx2
 import pytest
 import torch
+from hub_server import httpx
 from transformers import BertConfig, BertLMHeadModel, GPT2Config, GPT2LMHeadModel
 
 from rezero_hf import (
@@ -328,7 +328,7 @@ def test_no_code_of_a_folder_is_run(tmp_path, monkeypatch):
 
 def test_a_lost_connection_is_one_line(monkeypatch):
     def lost(*_, **__):
-        raise httpx2.RemoteProtocolError("peer closed connection without sending complete message body")
+        raise httpx.RemoteProtocolError("peer closed connection without sending complete message body")
 
     monkeypatch.setattr(opening, "snapshot_download", lost)
     with pytest.raises(UserError, match=r"org/name: .*cannot be had from the Hub \(peer closed connection"):

@@ -12,6 +12,8 @@ from rezero_hf.results import (
     collect,
     collect_result,
     committed,
+    integrations_section,
+    integrations_table,
     measured_line,
     splice,
     table,
@@ -87,12 +89,30 @@ def test_splicing_replaces_only_what_is_between_the_markers():
 
 def test_the_readmes_tables_are_made_from_the_committed_records():
     """Regenerated from `model_cards/results`, the README does not change: nothing in its tables was typed."""
-    records, studies, benchmarks = committed(ROOT / "model_cards" / "results")
+    records, studies, benchmarks, integrations = committed(ROOT / "model_cards" / "results")
     assert records
     readme = (ROOT / "README.md").read_text()
     assert splice(readme, table(records)) == readme
     assert splice(readme, studies_table(studies), "studies") == readme
     assert splice(readme, benchmark_section(benchmarks), "benchmark") == readme
+    assert splice(readme, integrations_section(integrations), "integrations") == readme
+
+
+def test_a_clients_failure_is_shown():
+    """A number beyond its limit, a client that is not there and one that failed are rows of the table, like successes."""
+    check = {"client": "PEFT", "package": "peft", "version": "1.0", "what": "merged", "unit": "of a logit"}
+    check |= {"value": 1e-6, "limit": 1e-5}
+    result = {
+        "checks": [check, {**check, "value": 0.5}],
+        "left_out": {"TRL": "trl"},
+        "failed": {"lm-eval": "ValueError: no such task"},
+    }
+    assert integrations_table(result).splitlines()[2:] == [
+        "| PEFT (peft 1.0) | merged | 1e-06 of a logit | 1e-05 | yes |",
+        "| PEFT (peft 1.0) | merged | 0.5 of a logit | 1e-05 | **no** |",
+        "| TRL |  |  |  | not installed: trl |",
+        "| lm-eval |  |  |  | **failed**: ValueError: no such task |",
+    ]
 
 
 def test_a_studys_page_is_made_from_its_committed_result():

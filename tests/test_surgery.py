@@ -162,6 +162,7 @@ def test_a_folded_model_is_saved_and_loaded_where_the_package_is_not(tiny_model,
     assert folded.generation_config.eos_token_id == 256
 
 
+@pytest.mark.since("5.23")
 @pytest.mark.filterwarnings("ignore")
 def test_a_folded_model_is_exported(tiny_model, ids):
     """To ONNX, which goes by way of `torch.export`."""

@@ -25,6 +25,12 @@ class PortablePreTrainedModel(PreTrainedModel):
 
     auto_classes: ClassVar[dict[str, str]] = {}
 
+    if not hasattr(PreTrainedModel, "activation_checkpointing_enable"):
+        # What Transformers calls it from 5.23 on.
+        activation_checkpointing_enable = PreTrainedModel.gradient_checkpointing_enable
+        activation_checkpointing_disable = PreTrainedModel.gradient_checkpointing_disable
+        is_activation_checkpointing = PreTrainedModel.is_gradient_checkpointing
+
     def __init_subclass__(cls, **kwargs):
         """Enters a family's names where parts of the library look them up by task instead of asking the Auto classes.
 
