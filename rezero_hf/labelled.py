@@ -2,7 +2,8 @@
 
 `stdlib-functions` is on every machine: from the head and the docstring of a function of the standard library, without
 its body, tell whether a call gives something back. Rows come from the same files as the corpus `python-stdlib`, in the
-same split, so a model pretrained on that has not seen the text of a held-out row.
+same split, and a held-out row that a training module has too is left out, so a model pretrained on that corpus has not
+seen a held-out row, and a fine-tuned one has seen no more of it.
 """
 
 import ast
@@ -22,7 +23,7 @@ from .sources import SPLITS, DataError, memory_file, recall, remember
 STDLIB = "stdlib-functions"
 RETURNS = ["nothing", "a value"]
 # Part of the memory's key: raise it when the same files would give other rows.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 class Row(NamedTuple):
@@ -43,8 +44,10 @@ class LabelledText(NamedTuple):
 def read_labelled(data: str, text_column: str, label_column: str, cache_dir: str | None = None) -> LabelledText:
     """Read labelled text.
 
-    A text that is also in an earlier split (test, then validation) is dropped, so none is on both sides. A split that
-    the data set lacks is a tenth of its training rows, at least one, in the order of the sha256 of their text.
+    A text that is also in an earlier split (test, then validation) is dropped, so none is on both sides. In
+    `stdlib-functions` it is the other way round (train, then validation): pretraining has seen every training module
+    whole. A split that the data set lacks is a tenth of its training rows, at least one, in the order of the sha256 of
+    their text.
 
     Args:
         data: `stdlib-functions`; `hub:ORG/NAME`; a file of rows (`.csv`, `.json`, `.jsonl`, `.parquet`), or a folder of
@@ -62,21 +65,21 @@ def read_labelled(data: str, text_column: str, label_column: str, cache_dir: str
     else:
         splits, classes = _read(data, text_column, label_column)
     splits = {split: splits.get(split, []) for split in SPLITS}
-    dropped = _keep_apart(splits)
+    dropped = _keep_apart(splits, SPLITS if data == STDLIB else tuple(reversed(SPLITS)))
     for split in SPLITS:
         if not splits[split]:
             raise DataError(f"{data} has no rows for {split}: add some, at least three different ones in all")
     digest = hashlib.sha256(json.dumps(splits).encode()).hexdigest()
     counts = {split: len(rows) for split, rows in splits.items()}
     name = Path(data).name if Path(data).is_absolute() else data
-    origin = {"kind": "labelled", "sha256": digest, "rows_also_held_out": dropped}
+    origin = {"kind": "labelled", "sha256": digest, "rows_in_an_earlier_split": dropped}
     return LabelledText(splits, classes, {"source": name, "origin": origin, "classes": classes, "splits": counts})
 
 
-def _keep_apart(splits: dict[str, list[Row]]) -> int:
-    """Take out what an earlier split has, then hold out what is missing; the number of rows taken out."""
+def _keep_apart(splits: dict[str, list[Row]], order: tuple[str, ...]) -> int:
+    """Take out what a split before it in `order` has, then hold out what is missing; the number of rows taken out."""
     seen, dropped = set(), 0
-    for split in reversed(SPLITS):
+    for split in order:
         keys = [json.dumps(row.text) for row in splits[split]]
         kept = [row for row, key in zip(splits[split], keys, strict=True) if key not in seen]
         dropped += len(splits[split]) - len(kept)

@@ -263,7 +263,7 @@ def test_labelled_text_is_held_out_by_its_text_and_in_no_two_splits(tmp_path):
     found = read_labelled(str(tmp_path), "text", "label")
     assert [row.text for row in found.splits["test"]] == [f"text {n}" for n in range(5)]
     assert not {row.text for row in found.splits["train"]} & {f"text {n}" for n in range(5)}
-    assert found.record["origin"]["rows_also_held_out"] == 10
+    assert found.record["origin"]["rows_in_an_earlier_split"] == 10
     (tmp_path / "test.jsonl").write_text(json.dumps({"text": "new", "label": 7}) + "\n")
     with pytest.raises(UserError, match="test has the label '7', which no training row has"):
         read_labelled(str(tmp_path), "text", "label")
@@ -297,7 +297,8 @@ class Stack{n}:
 
 
 def test_stdlib_functions_say_whether_something_is_given_back(tmp_path, monkeypatch):
-    """Head and docstring without the body; what an inner function returns does not count. Split as the corpus is."""
+    """Head and docstring without the body; what an inner function returns does not count. Split as the corpus is, and
+    what every module has is no held-out row: a model pretrained on the corpus has read its body."""
     for n in range(60):
         (tmp_path / f"m{n}.py").write_text(STDLIB_MODULE.format(n=n))
     monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(tmp_path)})
@@ -306,6 +307,9 @@ def test_stdlib_functions_say_whether_something_is_given_back(tmp_path, monkeypa
     assert labels["def double7(x, *, by=2):\n    Multiply.7"] == "a value"
     assert labels["def tell7(x):"] == labels["def leave7(self):"] == labels["def inner():"] == "nothing"
     assert labels["def walk7(self):"] == "a value"
+    assert "def inner():" in {row.text for row in found.splits["train"]}
+    held_out = [row.text for split in ("validation", "test") for row in found.splits[split]]
+    assert "def inner():" not in held_out and held_out
     numbers = {
         split: {row.text.partition("tell")[2][:2] for row in rows if "tell" in row.text}
         for split, rows in found.splits.items()
