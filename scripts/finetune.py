@@ -11,6 +11,7 @@ training.KEY=value sets any of Trainer's arguments, and those of ReZeroTrainingA
 """
 
 import json
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -21,7 +22,7 @@ from transformers import set_seed
 from rezero_hf.arguments import sequences_per_step
 from rezero_hf.cli import run
 from rezero_hf.durable import write_whole
-from rezero_hf.export import export_folder
+from rezero_hf.export import export_folder, rescue
 from rezero_hf.finetuning import add_lora, find_base, hold_gates, load_base, read_task
 from rezero_hf.launching import check_launch
 from rezero_hf.markdown import number, table
@@ -31,6 +32,7 @@ from rezero_hf.runs import now, provenance, read_metrics
 from rezero_hf.tasks import TASKS, TaskConfig
 from rezero_hf.together import on_main
 from rezero_hf.training import ReZeroTrainer, steps_over
+from rezero_hf.watch import PREEMPTED
 
 
 Name = StrEnum("Name", list(TASKS))
@@ -91,16 +93,24 @@ def main(
     )
     trainer.train()
     record |= {"finished": now(), "training_seconds": trainer.throughput.seconds()}
-    record["results"] = {split: trainer.measure(held_out) for split, held_out in rows.held_out.items()}
-    if not trainer.is_world_process_zero():
-        return
+    main_process = trainer.is_world_process_zero()
+    if trainer.told_to_stop:
+        if main_process:
+            print(f"told to stop at step {trainer.state.global_step} of {args.max_steps}: begin anew, in another --output")
+        sys.exit(PREEMPTED)
     trained = trainer.accelerator.unwrap_model(trainer.model)
     if lora is not None:
-        trained.save_pretrained(output / "adapter")
-        trained = trained.merge_and_unload()
-    rows_of_run = read_metrics(output / "metrics.jsonl")
-    export_folder(trained, rows.processor, output / "model", run=record, metrics=rows_of_run)
-    write_whole(output / "run.json", json.dumps(record, indent=2) + "\n")
+        if main_process:
+            trained.save_pretrained(output / "adapter")
+        # What is measured is what is exported.
+        trained = trainer.model = trainer.model_wrapped = trained.merge_and_unload()
+    with rescue(trained, rows.processor, output / "rescued-model"):
+        record["results"] = {split: trainer.measure(held_out) for split, held_out in rows.held_out.items()}
+        if not main_process:
+            return
+        metrics = read_metrics(output / "metrics.jsonl")
+        export_folder(trained, rows.processor, output / "model", run=record, metrics=metrics)
+        write_whole(output / "run.json", json.dumps(record, indent=2) + "\n")
 
     columns = list(next(iter(record["results"].values())))
     lines = [[split, *(number(found[name]) for name in columns)] for split, found in record["results"].items()]

@@ -3,6 +3,7 @@
 import csv
 import json
 import runpy
+import signal
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from datasets import Dataset, Features, List, Value
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from test_portable import finish, start
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
 from rezero_hf import ReZeroForSequenceClassification, ReZeroMLPConfig, ReZeroMLPForImageClassification
 from rezero_hf.data import IGNORE_INDEX
@@ -22,6 +23,7 @@ from rezero_hf.images import image_processor
 from rezero_hf.labelled import STDLIB, read_labelled
 from rezero_hf.runs import read_metrics
 from rezero_hf.tasks import TASKS, TaskConfig, labelled_rows
+from rezero_hf.training import ReZeroTrainer
 from rezero_hf.verification import verify_folder
 
 
@@ -238,6 +240,31 @@ def odd_places(place, tiny_model, tokenizer):
         model.save_pretrained(place / name)
         tokenizer.save_pretrained(place / name)
     models["plain"].save_pretrained(place / "no-tokenizer")
+
+
+def test_a_run_told_to_stop_is_not_taken_for_finished(finetune, tmp_path, monkeypatch, capsys):
+    """SIGTERM in step 1: nothing is measured or exported, and the status says so."""
+
+    class Tell(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            signal.raise_signal(signal.SIGTERM)
+
+    train = ReZeroTrainer.train
+    told = lambda trainer, **words: trainer.add_callback(Tell()) or train(trainer, **words)  # noqa: E731
+    monkeypatch.setattr(ReZeroTrainer, "train", told)
+    with pytest.raises(SystemExit) as end:
+        finetune("text", "rows.csv")
+    assert end.value.code == 143
+    assert "told to stop at step 1 of 2" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "model").exists() and not (tmp_path / "run" / "run.json").exists()
+
+
+def test_a_trained_model_is_not_lost_to_a_failing_export(finetune, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("rezero_hf.export.export_folder", lambda *_, **__: (tmp_path / "nowhere" / "file").read_text())
+    with pytest.raises(SystemExit):
+        finetune("text", "rows.csv", "--lora", 2)
+    assert "its weights are safe in" in capsys.readouterr().err
+    assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "rescued-model").num_labels == 2
 
 
 def test_a_folder_that_holds_something_is_left_alone(finetune, tmp_path, capsys):
