@@ -113,7 +113,8 @@ def labelled_rows(
     Args:
         task: what to read, and for which head.
         tokenizer: the model's. It pads on the right from now on, so that positions count from the first token.
-        most: tokens of a row; what is beyond them is cut off.
+        most: tokens of a row; what is beyond them is cut off, and words there are not measured: `words_cut` of the record
+            says how many.
         cache_dir: as `DataConfig`'s.
 
     Raises:
@@ -133,6 +134,9 @@ def labelled_rows(
     tokenizer.padding_side = "right"
     encode = partial(_encode_words if of_words else _encode, tokenizer, most)
     splits = {split: [encode(row) for row in rows] for split, rows in found.splits.items()}
+    record = found.record | {"block_size": most}
+    if of_words:
+        record["words_cut"] = _drop_unlabelled(splits, found.splits, task.data)
     return TaskData(
         len(splits["train"]),
         lambda seed, number: Shuffled(splits["train"], seed, number),
@@ -143,13 +147,14 @@ def labelled_rows(
             "preprocess_logits_for_metrics": lambda logits, labels: logits.argmax(-1),
         },
         dict(enumerate(found.classes)),
-        found.record | {"block_size": most},
+        record,
         tokenizer,
     )
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, most: int, row: Row) -> dict[str, Any]:
-    ids = tokenizer(row.text, split_special_tokens=True, truncation=True, max_length=most)["input_ids"]
+    # Cut here: a tokenizer that is told to truncate keeps that, and is saved with it.
+    ids = tokenizer(row.text, split_special_tokens=True)["input_ids"][:most]
     return {"input_ids": ids, "labels": row.label}
 
 
@@ -160,6 +165,19 @@ def _encode_words(tokenizer: PreTrainedTokenizerBase, most: int, row: Row) -> di
     ids = tokenizer(words, split_special_tokens=True, add_special_tokens=False)["input_ids"]
     labels = [[*[IGNORE_INDEX] * (len(word) - 1), label] for word, label in zip(ids, row.label, strict=True)]
     return {name: list(chain(*each))[:most] for name, each in (("input_ids", ids), ("labels", labels))}
+
+
+def _drop_unlabelled(splits: dict[str, list[dict[str, Any]]], whole: dict[str, list[Row]], data: str) -> dict[str, int]:
+    """Take out rows whose first word does not fit: they have no label, and so no loss. The number of words of each
+    split that are neither trained on nor measured."""
+    cut = {}
+    for split, rows in splits.items():
+        labelled = [sum(label != IGNORE_INDEX for label in row["labels"]) for row in rows]
+        cut[split] = sum(len(row.text) for row in whole[split]) - sum(labelled)
+        splits[split] = [row for row, number in zip(rows, labelled, strict=True) if number]
+        if not splits[split]:
+            raise DataError(f"{data}: no row of {split} has a first word that fits into a block: raise block_size")
+    return cut
 
 
 class Shuffled(Dataset):

@@ -67,7 +67,7 @@ def main(
     set_seed(args.seed)
     network = load_base(base, task, rows.id2label, from_scratch)
     if lora is not None:
-        network = add_lora(network, task, lora, gates == Gates.trained)
+        network = add_lora(network, task, lora, gates == Gates.trained, base.commit)
     elif gates == Gates.held:
         hold_gates(network)
     on_main(lambda: new_folder(output))
@@ -101,7 +101,7 @@ def main(
     trained = trainer.accelerator.unwrap_model(trainer.model)
     if lora is not None:
         if main_process:
-            trained.save_pretrained(output / "adapter")
+            trained.save_pretrained(output / "adapter", save_embedding_layers=False)
         # What is measured is what is exported.
         trained = trainer.model = trainer.model_wrapped = trained.merge_and_unload()
     with rescue(trained, rows.processor, output / "rescued-model"):

@@ -13,12 +13,18 @@ from datasets import Dataset, Features, List, Value
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from test_portable import finish, start
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+)
 
 from rezero_hf import ReZeroForSequenceClassification, ReZeroMLPConfig, ReZeroMLPForImageClassification
 from rezero_hf.data import IGNORE_INDEX
 from rezero_hf.errors import UserError
-from rezero_hf.finetuning import register_lora_targets
+from rezero_hf.finetuning import add_lora, find_base, load_base, register_lora_targets
 from rezero_hf.images import image_processor
 from rezero_hf.labelled import STDLIB, read_labelled
 from rezero_hf.runs import read_metrics
@@ -102,6 +108,8 @@ def test_a_task_trains_and_its_folder_loads(place, finetune, capsys, task, model
     assert record["init_from"]["path"] == str(place / model) and record["trained_parameters"] == record["parameters"]
     assert {row["event"] for row in read_metrics(run / "metrics.jsonl")} == {"eval"}
     assert str(run / "model") in capsys.readouterr().out.partition("Next:")[2]
+    if task != "image-classification":
+        assert json.loads((run / "model" / "tokenizer.json").read_text())["truncation"] is None
 
 
 ALONE = """
@@ -158,9 +166,28 @@ def test_lora_trains_adapters_and_the_head_alone_and_merges(finetune, place, ids
     base = auto.from_pretrained(place / "text", num_labels=2)
     again = PeftModel.from_pretrained(base, run / "adapter").eval()
     torch.testing.assert_close(again(ids).logits, auto.from_pretrained(run / "model").eval()(ids).logits)
+    texts = [(run / "adapter" / name).read_text() for name in ("adapter_config.json", "README.md")]
+    assert not any(str(place) in text for text in texts)
     record = json.loads((run / "run.json").read_text())
     assert record["lora"] == 2 and record["gates"] == flag
     assert record["trained_parameters"] < record["parameters"] / 5
+
+
+def test_an_adapter_names_the_repository_and_commit_it_belongs_to(place, tmp_path):
+    base = find_base(str(place / "text"), "causal-lm")._replace(name="ORG/NAME@main", commit="c" * 40)
+    add_lora(load_base(base, "causal-lm", None), "causal-lm", 2, False, base.commit).save_pretrained(
+        tmp_path, save_embedding_layers=False
+    )
+    said = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert said["base_model_name_or_path"] == "ORG/NAME" and said["revision"] == "c" * 40
+    card = (tmp_path / "README.md").read_text()
+    assert "base_model: ORG/NAME\n" in card and str(place) not in card
+
+
+def test_the_tokenizer_says_what_padding_is(place, tiny_model, tokenizer, tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert find_base(str(tmp_path), "sequence-classification").config.pad_token_id == tokenizer.pad_token_id
 
 
 def test_lora_needs_no_target_modules_once_they_are_registered(tiny_model, monkeypatch):
@@ -207,6 +234,8 @@ def test_from_scratch_is_the_same_network_with_other_weights(finetune, place):
         (("classifier", "notes.txt", "--task", "causal-lm"), "its weights are not those of a ReZeroForCausalLM: lm_head.weight is missing"),
         (("text", "notes.txt", "--task", "causal-lm", "--label_column", "label"), "--label_column is for classes"),
         (("learned", "rows.csv"), "--block_size 32: "),
+        (("small", "rows.csv"), "its tokenizer has 259 tokens and its model 200"),
+        (("no-pad", "rows.csv"), "its tokenizer has no pad_token"),
         (("plain", "rows.csv", "--lora", "2", "--gates", "trained"), "residual='plain' has no gates"),
         (("text", "rows.csv", "training.learning_rat=1"), "key 'learning_rat' is unknown; did you mean 'learning_rate'?"),
         (("text", "rows.csv", "model.hidden_size=1"), "override: 'model.hidden_size' is not section.key with a section of training"),
@@ -235,11 +264,14 @@ def odd_places(place, tiny_model, tokenizer):
         "classifier": tiny_model(ReZeroForSequenceClassification, pad_token_id=257),
         "learned": tiny_model(position_embedding="learned", max_position_embeddings=16),
         "plain": tiny_model(residual="plain"),
+        "small": tiny_model(vocab_size=200),
     }
     for name, model in models.items():
         model.save_pretrained(place / name)
         tokenizer.save_pretrained(place / name)
     models["plain"].save_pretrained(place / "no-tokenizer")
+    models["plain"].save_pretrained(place / "no-pad")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer).save_pretrained(place / "no-pad")
 
 
 def test_a_run_told_to_stop_is_not_taken_for_finished(finetune, tmp_path, monkeypatch, capsys):
@@ -305,6 +337,19 @@ def test_a_words_label_is_at_its_last_token(place, tokenizer):
     ends = [place for place, label in enumerate(row["labels"]) if label != IGNORE_INDEX]
     assert ends == [n - 1 for n in range(1, len(text) + 1) if n == len(text) or text[n] == " "]
     assert [row["labels"][end] for end in ends] == [0, 1, 2, 2]
+
+
+def test_words_past_the_block_are_counted_and_rows_without_a_label_left_out(tokenizer, tmp_path):
+    """A row whose first word does not fit has no label, and its loss would be no number."""
+    rows = [{"tokens": [f"a{n}", "b", "long" * 9], "tags": ["x", "y", "x"]} for n in range(18)]
+    rows += [{"tokens": [f"{n}" * 40], "tags": ["x"]} for n in range(2)]
+    for split, some in {"train": rows, "test": rows[:2] + rows[-1:], "validation": rows[2:4]}.items():
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    found = labelled_rows(TaskConfig("token-classification", str(tmp_path)), tokenizer, 8)
+    assert found.rows == 14 and len(found.held_out["test"]) == 2
+    assert found.record["words_cut"] == {"train": 14 + 1, "validation": 2, "test": 2 + 1}
+    with pytest.raises(UserError, match="no row of train has a first word that fits into a block"):
+        labelled_rows(TaskConfig("token-classification", str(tmp_path)), tokenizer, 1)
 
 
 STDLIB_MODULE = '''
