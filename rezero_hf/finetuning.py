@@ -1,5 +1,6 @@
 """A pretrained model made ready for a task (`scripts/finetune.py`)."""
 
+import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
@@ -97,9 +98,10 @@ def read_task(base: Base, task: TaskConfig, block_size: int, cache_dir: str | No
         UserError: the data are not what the task needs, the model has fewer positions or other channels or sizes.
     """
     if task.name == "image-classification":
-        if task.text_column or task.label_column:
+        if any(dataclasses.astuple(task)[2:]):
             raise UserError(
-                "--text_column and --label_column are for text; columns of images are found by their types."
+                "--text_column, --label_column, --config_name and --revision are for text; columns of images are found by "
+                "their types."
             )
         data = labelled_images(task.data, base.processor, cache_dir)
         shape = tuple(data.held_out["validation"][0]["pixel_values"].shape)
@@ -114,7 +116,7 @@ def read_task(base: Base, task: TaskConfig, block_size: int, cache_dir: str | No
     if task.name == "causal-lm":
         if task.label_column:
             raise UserError("--label_column is for classes; causal-lm predicts the text itself.")
-        return text_blocks(task.data, task.text_column, base.processor, block_size, cache_dir)
+        return text_blocks(task, base.processor, block_size, cache_dir)
     return labelled_rows(task, base.processor, block_size, cache_dir)
 
 

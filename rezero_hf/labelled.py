@@ -41,7 +41,14 @@ class LabelledText(NamedTuple):
     record: dict[str, Any]
 
 
-def read_labelled(data: str, text_column: str, label_column: str, cache_dir: str | None = None) -> LabelledText:
+def read_labelled(
+    data: str,
+    text_column: str,
+    label_column: str,
+    cache_dir: str | None = None,
+    config_name: str | None = None,
+    revision: str | None = None,
+) -> LabelledText:
     """Read labelled text.
 
     A text that is also in an earlier split (test, then validation) is dropped, so none is on both sides. In
@@ -53,22 +60,29 @@ def read_labelled(data: str, text_column: str, label_column: str, cache_dir: str
         data: `stdlib-functions`; `hub:ORG/NAME`; a file of rows (`.csv`, `.json`, `.jsonl`, `.parquet`), or a folder of
             such files with the names of splits. None of its code is run.
         text_column: of strings, or of lists of strings, the words of a text.
-        label_column: a class for each string: a `ClassLabel`, or any strings or numbers. Classes are those of the
-            training rows, in alphabetical order where the column does not name them.
+        label_column: a class for each string: a `ClassLabel`, or any strings or numbers. Where the column does not
+            name the classes they are those of the training rows, in alphabetical order, or of whole numbers in theirs.
+            A held-out split without any label, as a benchmark's test split, counts as one that is not there.
         cache_dir: where the rows of `stdlib-functions` are remembered. Default: `~/.cache/rezero_hf`.
+        config_name: configuration of `hub:` data. Default: the only or default one.
+        revision: branch, tag or commit of `hub:` data. Default: the newest.
 
     Raises:
-        DataError: there are no such data, or a column, a text, a label or a split is missing.
+        DataError: there are no such data, a column, a text, a label or a split is missing, or all labels are the same.
     """
+    if (config_name or revision) and not data.startswith("hub:"):
+        raise DataError(f"config_name and revision are of hub: data, not of {data}: leave them out")
     if data == STDLIB:
         splits, classes = stdlib_functions(Path(os.path.expanduser(cache_dir or "~/.cache/rezero_hf"))), RETURNS
     else:
-        splits, classes = _read(data, text_column, label_column)
+        splits, classes = _read(data, text_column, label_column, config_name, revision)
     splits = {split: splits.get(split, []) for split in SPLITS}
     dropped = _keep_apart(splits, SPLITS if data == STDLIB else tuple(reversed(SPLITS)))
     for split in SPLITS:
         if not splits[split]:
             raise DataError(f"{data} has no rows for {split}: add some, at least three different ones in all")
+    if len(classes) < 2:
+        raise DataError(f"{data} has no two classes, only {', '.join(classes)}: choose another label_column")
     digest = hashlib.sha256(json.dumps(splits).encode()).hexdigest()
     counts = {split: len(rows) for split, rows in splits.items()}
     name = Path(data).name if Path(data).is_absolute() else data
@@ -98,11 +112,13 @@ def _keep_apart(splits: dict[str, list[Row]], order: tuple[str, ...]) -> int:
     return dropped
 
 
-def _read(data: str, text_column: str, label_column: str) -> tuple[dict[str, list[Row]], list[str]]:
+def _read(
+    data: str, text_column: str, label_column: str, config_name: str | None, revision: str | None
+) -> tuple[dict[str, list[Row]], list[str]]:
     name = os.path.expanduser(data.removeprefix("hub:"))
     if not data.startswith("hub:") and not Path(name).exists():
         raise DataError(f"{data}: there is no such file or folder, and it is neither {STDLIB} nor hub:ORG/NAME")
-    dataset = load_dataset_or_explain(data, name)
+    dataset = load_dataset_or_explain(data, name, config_name, revision=revision)
     own = {split: next((n for n in names if n in dataset), None) for split, names in SPLIT_NAMES.items()}
     if own["train"] is None:
         raise DataError(f"{data} has no split named train, only {', '.join(dataset)}: use another data set")
@@ -113,13 +129,21 @@ def _read(data: str, text_column: str, label_column: str) -> tuple[dict[str, lis
                 raise DataError(f"{data} has no column {column!r} in {split}, only {known}: choose another {option}")
     feature = dataset[own["train"]].features[label_column]
     classes = getattr(getattr(feature, "feature", feature), "names", None)
+    # The library writes -1 where a ClassLabel is not known.
+    missing = (None,) if classes is None else (None, -1)
+    for split in ("validation", "test"):
+        labels = dataset[own[split]][label_column] if own[split] else ()
+        if all(each in missing for label in labels for each in _each(label)):
+            own[split] = None
     read = {
-        split: list(_rows(f"{data}: {name}", dataset[name], text_column, label_column))
+        split: list(_rows(f"{data}: {name}", dataset[name], text_column, label_column, missing))
         for split, name in own.items()
         if name
     }
     if classes is None:
-        classes = sorted({str(label) for row in read["train"] for label in _each(row.label)})
+        labels = {label for row in read["train"] for label in _each(row.label)}
+        whole = all(isinstance(label, int) for label in labels)
+        classes = [str(label) for label in sorted(labels, key=None if whole else str)]
         number = {name: place for place, name in enumerate(classes)}
     else:
         number = {str(place): place for place in range(len(classes))}
@@ -135,7 +159,7 @@ def _read(data: str, text_column: str, label_column: str) -> tuple[dict[str, lis
     return splits, classes
 
 
-def _rows(where: str, table: Any, text_column: str, label_column: str) -> Iterator[Row]:
+def _rows(where: str, table: Any, text_column: str, label_column: str, missing: tuple[Any, ...]) -> Iterator[Row]:
     """Rows with their labels as they are, each looked at."""
     for number, row in enumerate(table.select_columns([text_column, label_column])):
         text, label, place = row[text_column], row[label_column], f"{where}, row {number}"
@@ -144,7 +168,7 @@ def _rows(where: str, table: Any, text_column: str, label_column: str) -> Iterat
             raise DataError(f"{place}: {text_column} is {repr(text)[:40]}, not text; leave such rows out")
         if isinstance(text, list) != isinstance(label, list) or len(words) != len(_each(label)):
             raise DataError(f"{place}: {label_column} has to be one label for each string of {text_column}")
-        if any(each is None or each == -1 for each in _each(label)):
+        if any(each in missing for each in _each(label)):
             raise DataError(f"{place}: {label_column} is missing; leave such rows out")
         yield Row(text, label)
 

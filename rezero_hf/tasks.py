@@ -32,6 +32,10 @@ from .sources import DataError
 from .tokenization import token_byte_lengths
 
 
+# What ends the name of a file of rows.
+ROWS = {".csv", ".json", ".jsonl", ".parquet"}
+
+
 class Task(NamedTuple):
     """A task.
 
@@ -75,12 +79,15 @@ class TaskConfig:
             `data.block_size` tokens. None (default): language modelling, and `data` says on what.
         data: labelled text, as `labelled.read_labelled` takes it. Default: `stdlib-functions`.
         text_column, label_column: of `data`. Default: the task's.
+        config_name, revision: of `hub:` data. Default: its only or default configuration, and the newest commit.
     """
 
     name: Literal["sequence-classification", "token-classification"] | None = None
     data: str = STDLIB
     text_column: str | None = None
     label_column: str | None = None
+    config_name: str | None = None
+    revision: str | None = None
 
 
 class TaskData(NamedTuple):
@@ -123,8 +130,10 @@ def labelled_rows(
     if find_spec("evaluate") is None:
         raise UserError("measuring accuracy needs a package: pip install 'rezero_hf[eval]'")
     about = TASKS[task.name]
+    if task.data == STDLIB and (task.text_column or task.label_column):
+        raise DataError(f"text_column and label_column are of data with columns, which {STDLIB} has not: leave them out")
     columns = task.text_column or about.text_column, task.label_column or about.label_column
-    found = read_labelled(task.data, *columns, cache_dir)
+    found = read_labelled(task.data, *columns, cache_dir, task.config_name, task.revision)
     of_words = task.name == "token-classification"
     if isinstance(found.splits["train"][0].text, list) != of_words:
         needed = "lists of words" if of_words else "strings"
@@ -208,17 +217,13 @@ def _accuracy(found: EvalPrediction) -> dict[str, float]:
 
 
 def text_blocks(
-    data: str,
-    text_column: str | None,
-    tokenizer: PreTrainedTokenizerBase,
-    block_size: int,
-    cache_dir: str | None = None,
+    task: TaskConfig, tokenizer: PreTrainedTokenizerBase, block_size: int, cache_dir: str | None = None
 ) -> TaskData:
     """Text for language modelling, packed and measured in bits per byte as in pretraining.
 
     Args:
-        data: a source as recipes name it, or a file of rows (`.csv`, `.json`, `.jsonl`, `.parquet`).
-        text_column: of rows. Default: `text`.
+        task: what to read: `data` is a source as recipes name it, a file of rows (`.csv`, `.json`, `.jsonl`,
+            `.parquet`), or a folder of nothing else but such files.
         tokenizer: the model's; it has to give back the text that went in.
         block_size: tokens seen at once.
         cache_dir: as `DataConfig`'s.
@@ -226,10 +231,9 @@ def text_blocks(
     Raises:
         UserError: the text cannot be had or is shorter than a block.
     """
-    if Path(data).suffix in (".csv", ".json", ".jsonl", ".parquet") and Path(data).is_file():
-        data = f"hub:{data}"
-    columns = {"text_column": text_column} if text_column else {}
-    config = DataConfig([Source(data, **columns)], block_size=block_size, cache_dir=cache_dir)
+    data = f"hub:{task.data}" if _holds_rows(Path(task.data).expanduser()) else task.data
+    words = {name: getattr(task, name) for name in ("text_column", "config_name", "revision") if getattr(task, name)}
+    config = DataConfig([Source(data, **words)], block_size=block_size, cache_dir=cache_dir)
     prepared = prepare(config, tokenizer)
     return TaskData(
         prepared.totals("train")["tokens"] // block_size,
@@ -240,6 +244,14 @@ def text_blocks(
         prepared.record(),
         tokenizer,
     )
+
+
+def _holds_rows(path: Path) -> bool:
+    """Whether that is a file of rows, or a folder of them; what is hidden and a README.md do not count."""
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    shown = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path.parent).parts[1:])]
+    suffixes = {file.suffix for file in shown if file.name != "README.md"}
+    return bool(suffixes) and suffixes <= ROWS
 
 
 def labelled_images(data: str, processor: BaseImageProcessor, cache_dir: str | None = None) -> TaskData:

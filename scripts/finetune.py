@@ -51,6 +51,8 @@ def main(
     task: Annotated[Name, typer.Option(help="what to learn")] = Name["sequence-classification"],
     text_column: Annotated[str | None, typer.Option("--text_column", help="[text, or tokens for tags]")] = None,
     label_column: Annotated[str | None, typer.Option("--label_column", help="[label, or tags]")] = None,
+    config_name: Annotated[str | None, typer.Option("--config_name", help="of hub: data, where it has several")] = None,
+    revision: Annotated[str | None, typer.Option(help="branch, tag or commit of hub: data")] = None,
     block_size: Annotated[int, typer.Option("--block_size", min=2, help="tokens of a row at most")] = 256,
     lora: Annotated[int | None, typer.Option(min=1, help="train adapters of this rank and the head alone")] = None,
     gates: Annotated[Gates | None, typer.Option(help="the residual gates [trained; held with --lora]")] = None,
@@ -62,7 +64,8 @@ def main(
     rate = {} if lora is None else {"learning_rate": LORA_RATE}
     args = script_arguments(output / "checkpoints", DEFAULTS | rate, overrides or ())
     base = find_base(model, task)
-    rows = read_task(base, TaskConfig(task, data, text_column, label_column), block_size, cache_dir)
+    about = TaskConfig(task, data, text_column, label_column, config_name, revision)
+    rows = read_task(base, about, block_size, cache_dir)
     args.max_steps = steps_over(args, rows.rows)
     set_seed(args.seed)
     network = load_base(base, task, rows.id2label, from_scratch)

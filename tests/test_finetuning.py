@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset, Features, List, Value
+from datasets import ClassLabel, Dataset, Features, List, Value
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from test_portable import finish, start
@@ -28,7 +28,7 @@ from rezero_hf.finetuning import add_lora, find_base, load_base, register_lora_t
 from rezero_hf.images import image_processor
 from rezero_hf.labelled import STDLIB, read_labelled
 from rezero_hf.runs import read_metrics
-from rezero_hf.tasks import TASKS, TaskConfig, labelled_rows
+from rezero_hf.tasks import TASKS, TaskConfig, labelled_rows, text_blocks
 from rezero_hf.training import ReZeroTrainer
 from rezero_hf.verification import verify_folder
 
@@ -224,6 +224,9 @@ def test_from_scratch_is_the_same_network_with_other_weights(finetune, place):
         (("text", "rows.csv", "--label_column", "class"), "has no column 'class' in train, only text, label"),
         (("text", "gaps.csv"), "gaps.csv: train, row 1: label is missing"),
         (("text", "empty.csv"), "empty.csv: train, row 1: text is None, not text"),
+        (("text", "one.csv"), "one.csv has no two classes, only x: choose another label_column"),
+        (("text", "rows.csv", "--revision", "main"), "config_name and revision are of hub: data"),
+        (("text", STDLIB, "--text_column", "body"), "which stdlib-functions has not"),
         (("text", "two.csv"), "two.csv has no rows for train: add some"),
         (("text", "tags.parquet", "--text_column", "tokens", "--label_column", "tags"), "sequence-classification needs strings in"),
         (("text", "rows.csv", "--task", "token-classification", "--text_column", "text", "--label_column", "label"), "needs lists of words in"),
@@ -256,6 +259,7 @@ def odd_places(place, tiny_model, tokenizer):
     for name, rows in {
         "gaps.csv": [("a", "x"), ("b", None), ("c", "x")],
         "empty.csv": [("a", "x"), (None, "x"), ("c", "x")],
+        "one.csv": [("a", "x"), ("b", "x"), ("c", "x")],
         "two.csv": [("a", "x"), ("b", "y")],
     }.items():
         with (place / name).open("w", newline="") as file:
@@ -326,6 +330,49 @@ def test_labelled_text_is_held_out_by_its_text_and_in_no_two_splits(tmp_path):
     (tmp_path / "test.jsonl").write_text(json.dumps({"text": "new", "label": 7}) + "\n")
     with pytest.raises(UserError, match="test has the label '7', which no training row has"):
         read_labelled(str(tmp_path), "text", "label")
+
+
+def test_minus_one_is_a_class_but_of_a_class_label_and_a_split_without_labels_is_none(tmp_path):
+    """Whole numbers are in their order; a benchmark's test split, all of it -1, is carved instead."""
+    rows = [{"text": f"text {n}", "label": n % 12 - 1} for n in range(24)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = read_labelled(str(tmp_path / "rows.jsonl"), "text", "label")
+    assert found.classes == [str(n) for n in range(-1, 11)]
+    assert all(int(found.classes[row.label]) == int(row.text[5:]) % 12 - 1 for row in found.splits["train"])
+    types = Features({"text": Value("string"), "label": ClassLabel(names=["bad", "good"])})
+    for split, labels in {"train": [0, 1] * 10, "test": [-1] * 5}.items():
+        rows = [{"text": f"{split} {n}", "label": label} for n, label in enumerate(labels)]
+        Dataset.from_list(rows, features=types).to_parquet(tmp_path / "glue" / f"{split}.parquet")
+    found = read_labelled(str(tmp_path / "glue"), "text", "label")
+    assert [row.text[:5] for row in found.splits["test"]] == ["train"] * 2
+    Dataset.from_list([{"text": "train", "label": -1}], features=types).to_parquet(tmp_path / "glue" / "train.parquet")
+    with pytest.raises(UserError, match="train, row 0: label is missing"):
+        read_labelled(str(tmp_path / "glue"), "text", "label")
+
+
+def test_a_data_set_of_several_configurations_is_read_by_name(tmp_path):
+    configs = "".join(f"- config_name: {name}\n  data_files: {name}.csv\n" for name in ("one", "two"))
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    for name in ("one", "two"):
+        lines = "".join(f"{name} {n},{n % 2}\n" for n in range(20))
+        (tmp_path / f"{name}.csv").write_text(f"text,label\n{lines}")
+    found = read_labelled(f"hub:{tmp_path}", "text", "label", config_name="two")
+    assert all(row.text.startswith("two") for rows in found.splits.values() for row in rows)
+
+
+def test_a_folder_of_rows_is_read_as_rows(tokenizer, tmp_path):
+    """Not as the text of its files, braces and all; a folder that has other files too is text."""
+    rows = "".join(json.dumps({"text": f"line {n} of a text"}) + "\n" for n in range(99))
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "train.jsonl").write_text(rows)
+    task = TaskConfig("causal-lm", str(tmp_path / "rows"))
+    texts = []
+    for _ in range(2):
+        data = text_blocks(task, tokenizer, 16, str(tmp_path / "cache"))
+        texts.append(tokenizer.decode(data.train(0, 1)[0]["input_ids"]))
+        (tmp_path / "rows" / "notes.txt").write_text("text\n" * 99)
+    assert "line" in texts[0] and not set('{"') & set(texts[0])
+    assert data.record["sources"][0]["kind"] == "files"
 
 
 def test_a_words_label_is_at_its_last_token(place, tokenizer):
