@@ -81,7 +81,7 @@ def find_base(name: str, task: str) -> Base:
         # A head reads the last token that is no padding.
         config = changed(config, pad_token_id=processor.pad_token_id)
     elif task != "causal-lm":
-        raise UserError(f"{name}: its tokenizer has no pad_token, which rows of several lengths need; save it with one.")
+        raise UserError(f"{name}: its tokenizer has no pad_token, which rows of several lengths need.")
     return Base(name, folder, commit, config, processor)
 
 
@@ -100,8 +100,8 @@ def read_task(base: Base, task: TaskConfig, block_size: int, cache_dir: str | No
     if task.name == "image-classification":
         if any(dataclasses.astuple(task)[2:]):
             raise UserError(
-                "--text_column, --label_column, --config_name and --revision are for text; columns of images are found by "
-                "their types."
+                "--text_column, --label_column, --config_name and --revision are for text; columns of images are found "
+                "by their types."
             )
         data = labelled_images(task.data, base.processor, cache_dir)
         shape = tuple(data.held_out["validation"][0]["pixel_values"].shape)
@@ -136,7 +136,7 @@ def load_base(base: Base, task: str, id2label: dict[int, str] | None, from_scrat
     if id2label is not None:
         label2id = {name: number for number, name in id2label.items()}
         config = changed(config, id2label=id2label, label2id=label2id)
-    model_class = TASKS[task].auto._model_mapping[type(config)]
+    model_class = TASKS[task].models[config.model_type]
     if from_scratch:
         if task == "causal-lm":
             config = changed(config, is_causal=True)
@@ -162,12 +162,10 @@ def add_lora(
         commit: of the repository that the model is from, which the adapter names. Default: none.
 
     Raises:
-        UserError: PEFT is not installed, the model reads images, or it has no gates to train.
+        UserError: PEFT is not installed, or the model reads images.
     """
     if TASKS[task].adapter is None:
         raise UserError("--lora is for language models: a network for images is small enough to be trained whole.")
-    if train_gates and not gates(model):
-        raise UserError(f"--gates trained: residual={model.config.residual!r} has no gates; leave it out.")
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
@@ -184,6 +182,12 @@ def register_lora_targets() -> None:
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault("rezero", LORA_TARGETS)
+
+
+def check_gates(model: PreTrainedModel) -> None:
+    """Raise a `UserError` unless the model has gates, which somebody wants held or trained."""
+    if not gates(model):
+        raise UserError(f"--gates: residual={model.config.residual!r} has no gates; leave it out.")
 
 
 def hold_gates(model: PreTrainedModel) -> None:

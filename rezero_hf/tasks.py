@@ -1,5 +1,5 @@
-"""What a pretrained model can be trained to do: for each task its Auto class, its columns, how rows become batches, and
-what is measured."""
+"""What a pretrained model can be trained to do: for each task its model classes, its columns, how rows become batches,
+and what is measured."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,14 +12,11 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from torch.utils.data import Dataset
 from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForImageClassification,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
     BaseImageProcessor,
     DataCollatorForTokenClassification,
     DataCollatorWithPadding,
     EvalPrediction,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
@@ -27,6 +24,13 @@ from .data import IGNORE_INDEX, DataConfig, Source, TrainBlocks, held_out_blocks
 from .errors import UserError
 from .image_data import EvalImages, ImageDataConfig, TrainImages, accuracy_metrics, prepare_images
 from .labelled import STDLIB, Row, read_labelled
+from .models import (
+    ReZeroForCausalLM,
+    ReZeroForSequenceClassification,
+    ReZeroForTokenClassification,
+    ReZeroMLPForImageClassification,
+    ReZeroResNetForImageClassification,
+)
 from .randomness import permute
 from .sources import DataError
 from .tokenization import token_byte_lengths
@@ -40,14 +44,14 @@ class Task(NamedTuple):
     """A task.
 
     Attributes:
-        auto: the class whose head it needs.
+        models: the class with the head it needs, by the `model_type` of a configuration.
         text_column, label_column: of the data, unless said otherwise; None where there is no choice.
         collator: makes a batch of rows, given the tokenizer; None for the Trainer's own, which stacks them.
         adapter: PEFT's word for it, which keeps a new head trained and saved.
         pipeline: the library's word for it.
     """
 
-    auto: type
+    models: dict[str, type[PreTrainedModel]]
     text_column: str | None
     label_column: str | None
     collator: Callable | None
@@ -56,16 +60,18 @@ class Task(NamedTuple):
 
 
 TASKS = {
-    "causal-lm": Task(AutoModelForCausalLM, "text", None, None, "CAUSAL_LM", "text-generation"),
+    "causal-lm": Task({"rezero": ReZeroForCausalLM}, "text", None, None, "CAUSAL_LM", "text-generation"),
     "sequence-classification": Task(
-        AutoModelForSequenceClassification, "text", "label", DataCollatorWithPadding, "SEQ_CLS", "text-classification"
+        {"rezero": ReZeroForSequenceClassification},
+        *("text", "label", DataCollatorWithPadding, "SEQ_CLS", "text-classification"),
     ),
     "token-classification": Task(
-        AutoModelForTokenClassification,
+        {"rezero": ReZeroForTokenClassification},
         *("tokens", "tags", DataCollatorForTokenClassification, "TOKEN_CLS", "token-classification"),
     ),
     "image-classification": Task(
-        AutoModelForImageClassification, None, None, None, None, "image-classification"
+        {"rezero_resnet": ReZeroResNetForImageClassification, "rezero_mlp": ReZeroMLPForImageClassification},
+        *(None, None, None, None, "image-classification"),
     ),
 }  # fmt: skip
 
@@ -120,8 +126,8 @@ def labelled_rows(
     Args:
         task: what to read, and for which head.
         tokenizer: the model's. It pads on the right from now on, so that positions count from the first token.
-        most: tokens of a row; what is beyond them is cut off, and words there are not measured: `words_cut` of the record
-            says how many.
+        most: tokens of a row; what is beyond them is cut off, and words there are not measured: `words_cut` of the
+            record says how many.
         cache_dir: as `DataConfig`'s.
 
     Raises:
@@ -131,7 +137,7 @@ def labelled_rows(
         raise UserError("measuring accuracy needs a package: pip install 'rezero_hf[eval]'")
     about = TASKS[task.name]
     if task.data == STDLIB and (task.text_column or task.label_column):
-        raise DataError(f"text_column and label_column are of data with columns, which {STDLIB} has not: leave them out")
+        raise DataError(f"text_column and label_column are for data with columns; {STDLIB} has none: leave them out")
     columns = task.text_column or about.text_column, task.label_column or about.label_column
     found = read_labelled(task.data, *columns, cache_dir, task.config_name, task.revision)
     of_words = task.name == "token-classification"
@@ -249,7 +255,7 @@ def text_blocks(
 def _holds_rows(path: Path) -> bool:
     """Whether that is a file of rows, or a folder of them; what is hidden and a README.md do not count."""
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-    shown = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path.parent).parts[1:])]
+    shown = [file for file in files if "/." not in f"/{file.relative_to(path).as_posix()}" or file == path]
     suffixes = {file.suffix for file in shown if file.name != "README.md"}
     return bool(suffixes) and suffixes <= ROWS
 

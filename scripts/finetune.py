@@ -23,9 +23,10 @@ from rezero_hf.arguments import sequences_per_step
 from rezero_hf.cli import run
 from rezero_hf.durable import write_whole
 from rezero_hf.export import export_folder, rescue
-from rezero_hf.finetuning import add_lora, find_base, hold_gates, load_base, read_task
+from rezero_hf.finetuning import add_lora, check_gates, find_base, hold_gates, load_base, read_task
 from rezero_hf.launching import check_launch
 from rezero_hf.markdown import number, table
+from rezero_hf.optim import gates as gates_of
 from rezero_hf.recipe import script_arguments
 from rezero_hf.run_folder import new_folder
 from rezero_hf.runs import now, provenance, read_metrics
@@ -69,6 +70,9 @@ def main(
     args.max_steps = steps_over(args, rows.rows)
     set_seed(args.seed)
     network = load_base(base, task, rows.id2label, from_scratch)
+    if gates is not None:
+        check_gates(network)
+    has_gates = bool(gates_of(network))
     if lora is not None:
         network = add_lora(network, task, lora, gates == Gates.trained, base.commit)
     elif gates == Gates.held:
@@ -82,7 +86,7 @@ def main(
         "parameters": network.num_parameters(),
         "trained_parameters": network.num_parameters(only_trainable=True),
         "lora": lora,
-        "gates": gates or (Gates.held if lora else Gates.trained),
+        "gates": (gates or (Gates.held if lora else Gates.trained)) if has_gates else None,
     }
     if not from_scratch:
         record["init_from"] = {"path": model, "commit": base.commit}
@@ -99,7 +103,8 @@ def main(
     main_process = trainer.is_world_process_zero()
     if trainer.told_to_stop:
         if main_process:
-            print(f"told to stop at step {trainer.state.global_step} of {args.max_steps}: begin anew, in another --output")
+            step = f"step {trainer.state.global_step} of {args.max_steps}"
+            print(f"told to stop at {step}: nothing is exported; begin anew, with another --output")
         sys.exit(PREEMPTED)
     trained = trainer.accelerator.unwrap_model(trainer.model)
     if lora is not None:
@@ -125,8 +130,13 @@ def next_command(task: str, folder: Path) -> str:
     """How to use what was made."""
     if task == "causal-lm":
         return f'python scripts/generate.py {folder} "def "'
-    what = "IMAGE.png" if task == "image-classification" else "def close(self):"
-    use = f"print(pipeline('{TASKS[task].pipeline}', '{folder}')('{what}'))"
+    what = "'IMAGE.png'" if task == "image-classification" else "'def close(self):'"
+    use = f"print(pipeline('{TASKS[task].pipeline}', '{folder}')({what}))"
+    if task == "token-classification":
+        # The pipeline names a class at every token, and only that of a word's last was trained.
+        found = f"pipeline('{TASKS[task].pipeline}', '{folder}', ignore_labels=[])(text)"
+        last = "not text[each['end']:each['end'] + 1].strip()"
+        use = f"text = {what}; print([(text[:each['end']].split()[-1], each['entity']) for each in {found} if {last}])"
     return f'python -c "import rezero_hf; from transformers import pipeline; {use}"'
 
 

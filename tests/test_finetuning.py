@@ -2,7 +2,9 @@
 
 import csv
 import json
+import re
 import runpy
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -15,7 +17,9 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from test_portable import finish, start
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     PreTrainedTokenizerFast,
     TrainerCallback,
@@ -28,12 +32,18 @@ from rezero_hf.finetuning import add_lora, find_base, load_base, register_lora_t
 from rezero_hf.images import image_processor
 from rezero_hf.labelled import STDLIB, read_labelled
 from rezero_hf.runs import read_metrics
-from rezero_hf.tasks import TASKS, TaskConfig, labelled_rows, text_blocks
+from rezero_hf.tasks import TaskConfig, labelled_rows, text_blocks
 from rezero_hf.training import ReZeroTrainer
 from rezero_hf.verification import verify_folder
 
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "finetune.py"
+AUTO = {
+    "causal-lm": AutoModelForCausalLM,
+    "sequence-classification": AutoModelForSequenceClassification,
+    "token-classification": AutoModelForTokenClassification,
+    "image-classification": AutoModelForImageClassification,
+}
 SMALL = ("training.max_steps=2", "training.per_device_train_batch_size=4", "training.disable_tqdm=true")
 TEXTS = [(f"def f{n}(x): return x", "good") if n % 2 else (f"class C{n}: pass", "bad") for n in range(20)]
 
@@ -96,10 +106,10 @@ def test_a_task_trains_and_its_folder_loads(place, finetune, capsys, task, model
     """Two steps change the weights; the folder has the head, its classes and a card with what was measured, and goes to
     the Hub as it is; the printed command names it."""
     run = finetune(model, data, "--task", task, *words)
-    trained, before = (state(folder, TASKS[task].auto) for folder in (run / "model", place / model))
+    trained, before = (state(folder, AUTO[task]) for folder in (run / "model", place / model))
     inner = [name for name in before if name.startswith("model.")]
     assert any(not torch.equal(trained[name], before[name]) for name in inner)
-    config = TASKS[task].auto.from_pretrained(run / "model").config
+    config = AUTO[task].from_pretrained(run / "model").config
     assert classes is None or list(config.id2label.values()) == classes
     record = json.loads((run / "run.json").read_text())
     assert all(measured in record["results"][split] for split in ("validation", "test"))
@@ -107,7 +117,11 @@ def test_a_task_trains_and_its_folder_loads(place, finetune, capsys, task, model
     assert "## Measured results" in (run / "model" / "README.md").read_text()
     assert record["init_from"]["path"] == str(place / model) and record["trained_parameters"] == record["parameters"]
     assert {row["event"] for row in read_metrics(run / "metrics.jsonl")} == {"eval"}
-    assert str(run / "model") in capsys.readouterr().out.partition("Next:")[2]
+    command = capsys.readouterr().out.partition("Next:")[2]
+    assert str(run / "model") in command
+    if task == "token-classification":
+        exec(shlex.split(command)[2], {})
+        assert re.findall(r"'(\S+)', '(?:key|name|sign)'", capsys.readouterr().out) == ["def", "close(self):"]
     if task != "image-classification":
         assert json.loads((run / "model" / "tokenizer.json").read_text())["truncation"] is None
 
@@ -202,16 +216,18 @@ def test_lora_needs_no_target_modules_once_they_are_registered(tiny_model, monke
 
 
 def test_from_scratch_is_the_same_network_with_other_weights(finetune, place):
-    run = finetune("text", "rows.csv", "--from-scratch", "training.seed=1")
-    trained, before = (
-        ReZeroForSequenceClassification.from_pretrained(folder) for folder in (run / "model", place / "text")
+    """Those that the seed draws; at a rate of 0 they stay."""
+    still = ("training.learning_rate=0.0", "training.warmup_steps=0", "training.seed=1")
+    run = finetune("text", "rows.csv", "--from-scratch", *still)
+    made = ReZeroForSequenceClassification.from_pretrained(run / "model")
+    torch.manual_seed(1)
+    fresh, before = (
+        ReZeroForSequenceClassification(made.config).state_dict(),
+        state(place / "text", AutoModelForCausalLM),
     )
-    assert trained.config.hidden_size == before.config.hidden_size
-    assert not any(
-        torch.equal(value, before.state_dict()[name])
-        for name, value in trained.state_dict().items()
-        if name.endswith("proj.weight")
-    )
+    for name, value in made.state_dict().items():
+        assert torch.equal(value, fresh[name]), name
+        assert not name.endswith("proj.weight") or not torch.equal(value, before[name]), name
     assert "init_from" not in json.loads((run / "run.json").read_text())
 
 
@@ -226,7 +242,7 @@ def test_from_scratch_is_the_same_network_with_other_weights(finetune, place):
         (("text", "empty.csv"), "empty.csv: train, row 1: text is None, not text"),
         (("text", "one.csv"), "one.csv has no two classes, only x: choose another label_column"),
         (("text", "rows.csv", "--revision", "main"), "config_name and revision are of hub: data"),
-        (("text", STDLIB, "--text_column", "body"), "which stdlib-functions has not"),
+        (("text", STDLIB, "--text_column", "body"), "stdlib-functions has none: leave them out"),
         (("text", "two.csv"), "two.csv has no rows for train: add some"),
         (("text", "tags.parquet", "--text_column", "tokens", "--label_column", "tags"), "sequence-classification needs strings in"),
         (("text", "rows.csv", "--task", "token-classification", "--text_column", "text", "--label_column", "label"), "needs lists of words in"),
@@ -240,6 +256,7 @@ def test_from_scratch_is_the_same_network_with_other_weights(finetune, place):
         (("small", "rows.csv"), "its tokenizer has 259 tokens and its model 200"),
         (("no-pad", "rows.csv"), "its tokenizer has no pad_token"),
         (("plain", "rows.csv", "--lora", "2", "--gates", "trained"), "residual='plain' has no gates"),
+        (("plain", "rows.csv", "--gates", "held"), "residual='plain' has no gates"),
         (("text", "rows.csv", "training.learning_rat=1"), "key 'learning_rat' is unknown; did you mean 'learning_rate'?"),
         (("text", "rows.csv", "model.hidden_size=1"), "override: 'model.hidden_size' is not section.key with a section of training"),
         (("text", "rows.csv", "training.learning_rate=-1.0"), "learning_rate=-1.0: must be a finite number"),
