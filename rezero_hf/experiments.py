@@ -23,36 +23,21 @@ from .durable import write_whole
 from .errors import UserError
 from .flops import flops_per_image, flops_per_token
 from .image_data import EvalImages, TrainImages, accuracy_metrics, prepare_images
-from .models import (
-    ReZeroForCausalLM,
-    ReZeroForSequenceClassification,
-    ReZeroForTokenClassification,
-    ReZeroMLPForImageClassification,
-    ReZeroResNetForImageClassification,
-)
 from .opening import find, load_config
 from .optim import OptimizerName, gates
 from .recipe import Recipe, changed_words
 from .runs import now, provenance, read_metrics
-from .starting import Beginning, InitFrom, begin, load_whole
+from .starting import Beginning, InitFrom, begin, check_same_model, load_whole
 from .surgery import changed
-from .tasks import labelled_rows
+from .tasks import TASKS, labelled_rows
 from .tokenization import load_tokenizer, token_byte_lengths
 from .training import ReZeroTrainer, steps_over, training_steps
 from .watch import NotFiniteError
 
 
 RECORD = "run.json"
-MODELS = {
-    "rezero": ReZeroForCausalLM,
-    "rezero_resnet": ReZeroResNetForImageClassification,
-    "rezero_mlp": ReZeroMLPForImageClassification,
-}
-# The same of a language model's task.
-HEADS = {
-    "sequence-classification": ReZeroForSequenceClassification,
-    "token-classification": ReZeroForTokenClassification,
-}
+# The network of a recipe without a task, by its model_type.
+MODELS = TASKS["causal-lm"].models | TASKS["image-classification"].models
 # What of an evaluation's row is kept: the gates are kept once, and what was measured on is the same every time.
 CURVE = ("loss", "bits_per_byte", "accuracy")
 # What a run that begins with random weights counts on from.
@@ -190,12 +175,13 @@ def run_experiment(
 
 def _begin(init_from: InitFrom, recipe: Recipe, config: PreTrainedConfig, optimizer: OptimizerName) -> Beginning:
     """The model of any family, new or with what is there."""
-    model_class = MODELS[recipe.model_type] if recipe.task.name is None else HEADS[recipe.task.name]
+    models = MODELS if recipe.task.name is None else TASKS[recipe.task.name].models
+    model_class = models[recipe.model_type]
     if init_from.path is None:
         return Beginning(model_class(config))
     if recipe.model_type != "rezero":
         folder, called = find(init_from.path)[0], f"init_from.path={init_from.path}"
-        load_config(folder, called)
+        check_same_model(called, load_config(folder, called), config)
         words = {"config": config, "dtype": torch.float, "local_files_only": True, "trust_remote_code": False}
         return Beginning(load_whole(folder, model_class, called, new_head=True, **words).train())
     return begin(init_from, config, optimizer, load_tokenizer(recipe.data.tokenizer), model_class=model_class)

@@ -1,5 +1,6 @@
 """A pretrained model made ready for a task (`scripts/finetune.py`)."""
 
+import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,7 +56,7 @@ def find_base(name: str, task: str) -> Base:
 
     Raises:
         UserError: there is no such model, it is of another library or does not read what the task is about, or it has
-            no tokenizer or image processor.
+            no tokenizer or image processor, or a tokenizer with more tokens than the model, or without one to pad with.
     """
     folder, commit = find(name)
     config = load_config(folder, name)
@@ -68,7 +69,20 @@ def find_base(name: str, task: str) -> Base:
             f"{name} holds a model that reads {reads[of_images]}, and --task {task} is about {reads[wanted]}."
         )
     auto, what = (AutoImageProcessor, "image processor") if of_images else (AutoTokenizer, "tokenizer")
-    return Base(name, folder, commit, config, load_processor(auto, folder, name, what))
+    processor = load_processor(auto, folder, name, what)
+    if of_images:
+        return Base(name, folder, commit, config, processor)
+    if len(processor) > config.vocab_size:
+        raise UserError(
+            f"{name}: its tokenizer has {len(processor)} tokens and its model {config.vocab_size}; put the model's own "
+            "tokenizer there."
+        )
+    if processor.pad_token is not None:
+        # A head reads the last token that is no padding.
+        config = changed(config, pad_token_id=processor.pad_token_id)
+    elif task != "causal-lm":
+        raise UserError(f"{name}: its tokenizer has no pad_token, which rows of several lengths need.")
+    return Base(name, folder, commit, config, processor)
 
 
 def read_task(base: Base, task: TaskConfig, block_size: int, cache_dir: str | None = None) -> TaskData:
@@ -84,9 +98,10 @@ def read_task(base: Base, task: TaskConfig, block_size: int, cache_dir: str | No
         UserError: the data are not what the task needs, the model has fewer positions or other channels or sizes.
     """
     if task.name == "image-classification":
-        if task.text_column or task.label_column:
+        if any(dataclasses.astuple(task)[2:]):
             raise UserError(
-                "--text_column and --label_column are for text; columns of images are found by their types."
+                "--text_column, --label_column, --config_name and --revision are for text; columns of images are found "
+                "by their types."
             )
         data = labelled_images(task.data, base.processor, cache_dir)
         shape = tuple(data.held_out["validation"][0]["pixel_values"].shape)
@@ -101,7 +116,7 @@ def read_task(base: Base, task: TaskConfig, block_size: int, cache_dir: str | No
     if task.name == "causal-lm":
         if task.label_column:
             raise UserError("--label_column is for classes; causal-lm predicts the text itself.")
-        return text_blocks(task.data, task.text_column, base.processor, block_size, cache_dir)
+        return text_blocks(task, base.processor, block_size, cache_dir)
     return labelled_rows(task, base.processor, block_size, cache_dir)
 
 
@@ -121,16 +136,22 @@ def load_base(base: Base, task: str, id2label: dict[int, str] | None, from_scrat
     if id2label is not None:
         label2id = {name: number for number, name in id2label.items()}
         config = changed(config, id2label=id2label, label2id=label2id)
-    model_class = TASKS[task].auto._model_mapping[type(config)]
+    model_class = TASKS[task].models[config.model_type]
     if from_scratch:
         if task == "causal-lm":
             config = changed(config, is_causal=True)
         return model_class(config).train()
     words = {"config": config, "dtype": torch.float, "local_files_only": True, "trust_remote_code": False}
-    return load_whole(base.folder, model_class, base.name, new_head=id2label is not None, **words).train()
+    model = load_whole(base.folder, model_class, base.name, new_head=id2label is not None, **words)
+    # What an adapter says it belongs to: where the files lie on this machine tells nobody else anything.
+    name = base.name.partition("@")[0] if base.commit else base.name
+    model.name_or_path = model.config._name_or_path = Path(name).name if Path(name).is_absolute() else name
+    return model.train()
 
 
-def add_lora(model: PreTrainedModel, task: str, rank: int, train_gates: bool) -> PreTrainedModel:
+def add_lora(
+    model: PreTrainedModel, task: str, rank: int, train_gates: bool, commit: str | None = None
+) -> PreTrainedModel:
     """Freeze a language model and put adapters of PEFT on every matrix of its layers; a new head is trained along.
 
     Args:
@@ -138,14 +159,13 @@ def add_lora(model: PreTrainedModel, task: str, rank: int, train_gates: bool) ->
         task: of `TASKS`.
         rank: of the adapters. Their scale is 2: lora_alpha is twice the rank.
         train_gates: train the gates too, which adapters in a layer whose gate is 0 need.
+        commit: of the repository that the model is from, which the adapter names. Default: none.
 
     Raises:
-        UserError: PEFT is not installed, the model reads images, or it has no gates to train.
+        UserError: PEFT is not installed, or the model reads images.
     """
     if TASKS[task].adapter is None:
         raise UserError("--lora is for language models: a network for images is small enough to be trained whole.")
-    if train_gates and not gates(model):
-        raise UserError(f"--gates trained: residual={model.config.residual!r} has no gates; leave it out.")
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
@@ -154,7 +174,7 @@ def add_lora(model: PreTrainedModel, task: str, rank: int, train_gates: bool) ->
     # The module that owns a layer's gate; heads are PEFT's own business.
     saved = ["residual_norm"] if train_gates else None
     lora = LoraConfig(task_type=TASKS[task].adapter, r=rank, lora_alpha=2 * rank, modules_to_save=saved)
-    return get_peft_model(model, lora)
+    return get_peft_model(model, lora, revision=commit)
 
 
 def register_lora_targets() -> None:
@@ -162,6 +182,12 @@ def register_lora_targets() -> None:
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault("rezero", LORA_TARGETS)
+
+
+def check_gates(model: PreTrainedModel) -> None:
+    """Raise a `UserError` unless the model has gates, which somebody wants held or trained."""
+    if not gates(model):
+        raise UserError(f"--gates: residual={model.config.residual!r} has no gates; leave it out.")
 
 
 def hold_gates(model: PreTrainedModel) -> None:

@@ -1,5 +1,6 @@
 """Data sets of the Hugging Face Hub, or in a local folder or file that `load_dataset` reads, as corpora."""
 
+import glob
 import hashlib
 import itertools
 import re
@@ -149,23 +150,24 @@ def load_dataset_or_explain(label: str, *args: Any, **kwargs: Any) -> Any:
     from datasets import load_dataset
 
     with _explained(label):
-        return load_dataset(*_located(*args, kwargs=kwargs), **kwargs)
+        args, kwargs = _located(*args, **kwargs)
+        return load_dataset(*args, **kwargs)
 
 
 def load_dataset_builder_or_explain(label: str, *args: Any, **kwargs: Any) -> Any:
     from datasets import load_dataset_builder
 
     with _explained(label):
-        return load_dataset_builder(*_located(*args, kwargs=kwargs), **kwargs)
+        args, kwargs = _located(*args, **kwargs)
+        return load_dataset_builder(*args, **kwargs)
 
 
-def _located(name: str, *args: Any, kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """The library takes folders: a file is its folder, read for that file alone."""
+def _located(name: str, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The library takes folders, though not ".", and patterns: a file is its folder, read for that file alone."""
     path = Path(name).expanduser()
     if not path.is_file():
-        return name, *args
-    kwargs["data_files"] = path.name
-    return str(path.parent), *args
+        return (name, *args), kwargs
+    return (str(path.absolute().parent), *args), {**kwargs, "data_files": glob.escape(path.name)}
 
 
 def _explained(label: str) -> AbstractContextManager:

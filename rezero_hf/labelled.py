@@ -2,7 +2,8 @@
 
 `stdlib-functions` is on every machine: from the head and the docstring of a function of the standard library, without
 its body, tell whether a call gives something back. Rows come from the same files as the corpus `python-stdlib`, in the
-same split, so a model pretrained on that has not seen the text of a held-out row.
+same split, and a held-out row that a training module has too is left out, so a model pretrained on that corpus has not
+seen a held-out row, and a fine-tuned one has seen no more of it.
 """
 
 import ast
@@ -22,7 +23,7 @@ from .sources import SPLITS, DataError, memory_file, recall, remember
 STDLIB = "stdlib-functions"
 RETURNS = ["nothing", "a value"]
 # Part of the memory's key: raise it when the same files would give other rows.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 class Row(NamedTuple):
@@ -40,43 +41,59 @@ class LabelledText(NamedTuple):
     record: dict[str, Any]
 
 
-def read_labelled(data: str, text_column: str, label_column: str, cache_dir: str | None = None) -> LabelledText:
+def read_labelled(
+    data: str,
+    text_column: str,
+    label_column: str,
+    cache_dir: str | None = None,
+    config_name: str | None = None,
+    revision: str | None = None,
+) -> LabelledText:
     """Read labelled text.
 
-    A text that is also in an earlier split (test, then validation) is dropped, so none is on both sides. A split that
-    the data set lacks is a tenth of its training rows, at least one, in the order of the sha256 of their text.
+    A text that is also in an earlier split (test, then validation) is dropped, so none is on both sides. In
+    `stdlib-functions` it is the other way round (train, then validation): pretraining has seen every training module
+    whole. A split that the data set lacks is a tenth of its training rows, at least one, in the order of the sha256 of
+    their text.
 
     Args:
         data: `stdlib-functions`; `hub:ORG/NAME`; a file of rows (`.csv`, `.json`, `.jsonl`, `.parquet`), or a folder of
             such files with the names of splits. None of its code is run.
         text_column: of strings, or of lists of strings, the words of a text.
-        label_column: a class for each string: a `ClassLabel`, or any strings or numbers. Classes are those of the
-            training rows, in alphabetical order where the column does not name them.
+        label_column: a class for each string: a `ClassLabel`, or any strings or numbers. Where the column does not
+            name the classes they are those of the training rows, in alphabetical order, or of whole numbers in theirs.
+            A held-out split without any label, as a benchmark's test split, counts as one that is not there.
         cache_dir: where the rows of `stdlib-functions` are remembered. Default: `~/.cache/rezero_hf`.
+        config_name: configuration of `hub:` data. Default: the only or default one.
+        revision: branch, tag or commit of `hub:` data. Default: the newest.
 
     Raises:
-        DataError: there are no such data, or a column, a text, a label or a split is missing.
+        DataError: there are no such data, a column, a text, a label or a split is missing, or all labels are the same.
     """
+    if (config_name or revision) and not data.startswith("hub:"):
+        raise DataError(f"config_name and revision are of hub: data, not of {data}: leave them out")
     if data == STDLIB:
         splits, classes = stdlib_functions(Path(os.path.expanduser(cache_dir or "~/.cache/rezero_hf"))), RETURNS
     else:
-        splits, classes = _read(data, text_column, label_column)
+        splits, classes = _read(data, text_column, label_column, config_name, revision)
     splits = {split: splits.get(split, []) for split in SPLITS}
-    dropped = _keep_apart(splits)
+    dropped = _keep_apart(splits, SPLITS if data == STDLIB else tuple(reversed(SPLITS)))
     for split in SPLITS:
         if not splits[split]:
             raise DataError(f"{data} has no rows for {split}: add some, at least three different ones in all")
+    if len(classes) < 2:
+        raise DataError(f"{data} has no two classes, only {', '.join(classes)}: choose another label_column")
     digest = hashlib.sha256(json.dumps(splits).encode()).hexdigest()
     counts = {split: len(rows) for split, rows in splits.items()}
     name = Path(data).name if Path(data).is_absolute() else data
-    origin = {"kind": "labelled", "sha256": digest, "rows_also_held_out": dropped}
+    origin = {"kind": "labelled", "sha256": digest, "rows_in_an_earlier_split": dropped}
     return LabelledText(splits, classes, {"source": name, "origin": origin, "classes": classes, "splits": counts})
 
 
-def _keep_apart(splits: dict[str, list[Row]]) -> int:
-    """Take out what an earlier split has, then hold out what is missing; the number of rows taken out."""
+def _keep_apart(splits: dict[str, list[Row]], order: tuple[str, ...]) -> int:
+    """Take out what a split before it in `order` has, then hold out what is missing; the number of rows taken out."""
     seen, dropped = set(), 0
-    for split in reversed(SPLITS):
+    for split in order:
         keys = [json.dumps(row.text) for row in splits[split]]
         kept = [row for row, key in zip(splits[split], keys, strict=True) if key not in seen]
         dropped += len(splits[split]) - len(kept)
@@ -95,11 +112,13 @@ def _keep_apart(splits: dict[str, list[Row]]) -> int:
     return dropped
 
 
-def _read(data: str, text_column: str, label_column: str) -> tuple[dict[str, list[Row]], list[str]]:
+def _read(
+    data: str, text_column: str, label_column: str, config_name: str | None, revision: str | None
+) -> tuple[dict[str, list[Row]], list[str]]:
     name = os.path.expanduser(data.removeprefix("hub:"))
     if not data.startswith("hub:") and not Path(name).exists():
         raise DataError(f"{data}: there is no such file or folder, and it is neither {STDLIB} nor hub:ORG/NAME")
-    dataset = load_dataset_or_explain(data, name)
+    dataset = load_dataset_or_explain(data, name, config_name, revision=revision)
     own = {split: next((n for n in names if n in dataset), None) for split, names in SPLIT_NAMES.items()}
     if own["train"] is None:
         raise DataError(f"{data} has no split named train, only {', '.join(dataset)}: use another data set")
@@ -110,13 +129,21 @@ def _read(data: str, text_column: str, label_column: str) -> tuple[dict[str, lis
                 raise DataError(f"{data} has no column {column!r} in {split}, only {known}: choose another {option}")
     feature = dataset[own["train"]].features[label_column]
     classes = getattr(getattr(feature, "feature", feature), "names", None)
+    # The library writes -1 where a ClassLabel is not known.
+    missing = (None,) if classes is None else (None, -1)
+    for split in ("validation", "test"):
+        labels = dataset[own[split]][label_column] if own[split] else ()
+        if all(each in missing for label in labels for each in _each(label)):
+            own[split] = None
     read = {
-        split: list(_rows(f"{data}: {name}", dataset[name], text_column, label_column))
+        split: list(_rows(f"{data}: {name}", dataset[name], text_column, label_column, missing))
         for split, name in own.items()
         if name
     }
     if classes is None:
-        classes = sorted({str(label) for row in read["train"] for label in _each(row.label)})
+        labels = {label for row in read["train"] for label in _each(row.label)}
+        whole = all(isinstance(label, int) for label in labels)
+        classes = [str(label) for label in sorted(labels, key=None if whole else str)]
         number = {name: place for place, name in enumerate(classes)}
     else:
         number = {str(place): place for place in range(len(classes))}
@@ -132,7 +159,7 @@ def _read(data: str, text_column: str, label_column: str) -> tuple[dict[str, lis
     return splits, classes
 
 
-def _rows(where: str, table: Any, text_column: str, label_column: str) -> Iterator[Row]:
+def _rows(where: str, table: Any, text_column: str, label_column: str, missing: tuple[Any, ...]) -> Iterator[Row]:
     """Rows with their labels as they are, each looked at."""
     for number, row in enumerate(table.select_columns([text_column, label_column])):
         text, label, place = row[text_column], row[label_column], f"{where}, row {number}"
@@ -141,7 +168,7 @@ def _rows(where: str, table: Any, text_column: str, label_column: str) -> Iterat
             raise DataError(f"{place}: {text_column} is {repr(text)[:40]}, not text; leave such rows out")
         if isinstance(text, list) != isinstance(label, list) or len(words) != len(_each(label)):
             raise DataError(f"{place}: {label_column} has to be one label for each string of {text_column}")
-        if any(each is None or each == -1 for each in _each(label)):
+        if any(each in missing for each in _each(label)):
             raise DataError(f"{place}: {label_column} is missing; leave such rows out")
         yield Row(text, label)
 

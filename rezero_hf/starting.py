@@ -3,7 +3,7 @@
 `load_whole` is how that model is loaded, here and in `opening`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from accelerate.utils.constants import FSDP_MODEL_NAME
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer import OPTIMIZER_NAME
 from transformers.utils import CONFIG_NAME, cached_file, logging
 
@@ -43,7 +43,8 @@ UNREADABLE = (OSError, ValueError, RuntimeError, ImportError, SafetensorError, S
 class InitFrom:
     """What a run starts from instead of random weights.
 
-    A network for images takes over the weights alone, and not those of a head for another number of classes.
+    A network for images takes over the weights alone, and not those of a head for another number of classes. It must be
+    the recipe's in every other word.
 
     Args:
         path: a training checkpoint or an export on this machine, or the model at the root of `ORG/NAME` or
@@ -122,7 +123,8 @@ def begin(
         if ReZeroConfig.get_config_dict(name, **where)[0].get("model_type") != ReZeroConfig.model_type:
             raise ValueError(f"its {CONFIG_NAME} is of another model")
         found = ReZeroConfig.from_pretrained(name, **where)
-        _check_same_model(init_from, found, config)
+        free = {*FREE} if config.position_embedding == "learned" else {*FREE, "max_position_embeddings"}
+        check_same_model(called, found, config, free - ({"num_hidden_layers"} if init_from.grow_to is None else set()))
         start = changed(config, num_hidden_layers=found.num_hidden_layers)
     except UserError:
         raise
@@ -234,17 +236,16 @@ def _check_same_vocabulary(called: str, name: str, revision: str | None, tokeniz
         )
 
 
-def _check_same_model(init_from: InitFrom, found: ReZeroConfig, config: ReZeroConfig) -> None:
-    free = FREE if config.position_embedding == "learned" else (*FREE, "max_position_embeddings")
+def check_same_model(
+    called: str, found: PreTrainedConfig, config: PreTrainedConfig, free: Collection[str] = ()
+) -> None:
+    """Raise a `UserError` unless a saved configuration is the recipe's, of any family, but for the words in `free`."""
+    words = ["model_type"] if type(found) is not type(config) else field_types(type(config))
     differ = [
         f"{word} {getattr(found, word)!r} there, {getattr(config, word)!r} here"
-        for word in field_types(ReZeroConfig)
+        + (" (init_from.grow_to grows it)" if word == "num_hidden_layers" and isinstance(config, ReZeroConfig) else "")
+        for word in words
         if word not in free and getattr(found, word) != getattr(config, word)
     ]
-    if init_from.grow_to is None and found.num_hidden_layers != config.num_hidden_layers:
-        differ.append(
-            f"num_hidden_layers {found.num_hidden_layers} there, {config.num_hidden_layers} here (init_from.grow_to "
-            "grows it)"
-        )
     if differ:
-        raise UserError(f"init_from.path={init_from.path} is another model than the recipe's: {'; '.join(differ[:6])}.")
+        raise UserError(f"{called} is another model than the recipe's: {'; '.join(differ[:6])}.")

@@ -34,8 +34,9 @@ TIMED = (
 )
 GROWN = " FLOP and seconds of a row that began with another run's model include that run's."
 BEGUN = (
-    " A row that begins from a base begins with the model of a run made once, untuned, whose FLOP and seconds are not "
-    "the row's: {bases}."
+    " A row that begins from a base begins with the model of a run made once, whose FLOP and seconds are not the "
+    "row's: {bases}. Bases were not tuned, and have one seed: the spread over seeds is of what came after, and a "
+    "difference between rows from two bases may be one between their rates."
 )
 NOT_TUNED = "Rows were not tuned and have the same words but for what they are: this is not about where they end."
 NUMBER = re.compile(r"(\d+)")

@@ -1,5 +1,5 @@
-"""What a pretrained model can be trained to do: for each task its Auto class, its columns, how rows become batches, and
-what is measured."""
+"""What a pretrained model can be trained to do: for each task its model classes, its columns, how rows become batches,
+and what is measured."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,14 +12,11 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from torch.utils.data import Dataset
 from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForImageClassification,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
     BaseImageProcessor,
     DataCollatorForTokenClassification,
     DataCollatorWithPadding,
     EvalPrediction,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
@@ -27,23 +24,34 @@ from .data import IGNORE_INDEX, DataConfig, Source, TrainBlocks, held_out_blocks
 from .errors import UserError
 from .image_data import EvalImages, ImageDataConfig, TrainImages, accuracy_metrics, prepare_images
 from .labelled import STDLIB, Row, read_labelled
+from .models import (
+    ReZeroForCausalLM,
+    ReZeroForSequenceClassification,
+    ReZeroForTokenClassification,
+    ReZeroMLPForImageClassification,
+    ReZeroResNetForImageClassification,
+)
 from .randomness import permute
 from .sources import DataError
 from .tokenization import token_byte_lengths
+
+
+# What ends the name of a file of rows.
+ROWS = {".csv", ".json", ".jsonl", ".parquet"}
 
 
 class Task(NamedTuple):
     """A task.
 
     Attributes:
-        auto: the class whose head it needs.
+        models: the class with the head it needs, by the `model_type` of a configuration.
         text_column, label_column: of the data, unless said otherwise; None where there is no choice.
         collator: makes a batch of rows, given the tokenizer; None for the Trainer's own, which stacks them.
         adapter: PEFT's word for it, which keeps a new head trained and saved.
         pipeline: the library's word for it.
     """
 
-    auto: type
+    models: dict[str, type[PreTrainedModel]]
     text_column: str | None
     label_column: str | None
     collator: Callable | None
@@ -52,16 +60,18 @@ class Task(NamedTuple):
 
 
 TASKS = {
-    "causal-lm": Task(AutoModelForCausalLM, "text", None, None, "CAUSAL_LM", "text-generation"),
+    "causal-lm": Task({"rezero": ReZeroForCausalLM}, "text", None, None, "CAUSAL_LM", "text-generation"),
     "sequence-classification": Task(
-        AutoModelForSequenceClassification, "text", "label", DataCollatorWithPadding, "SEQ_CLS", "text-classification"
+        {"rezero": ReZeroForSequenceClassification},
+        *("text", "label", DataCollatorWithPadding, "SEQ_CLS", "text-classification"),
     ),
     "token-classification": Task(
-        AutoModelForTokenClassification,
+        {"rezero": ReZeroForTokenClassification},
         *("tokens", "tags", DataCollatorForTokenClassification, "TOKEN_CLS", "token-classification"),
     ),
     "image-classification": Task(
-        AutoModelForImageClassification, None, None, None, None, "image-classification"
+        {"rezero_resnet": ReZeroResNetForImageClassification, "rezero_mlp": ReZeroMLPForImageClassification},
+        *(None, None, None, None, "image-classification"),
     ),
 }  # fmt: skip
 
@@ -75,12 +85,15 @@ class TaskConfig:
             `data.block_size` tokens. None (default): language modelling, and `data` says on what.
         data: labelled text, as `labelled.read_labelled` takes it. Default: `stdlib-functions`.
         text_column, label_column: of `data`. Default: the task's.
+        config_name, revision: of `hub:` data. Default: its only or default configuration, and the newest commit.
     """
 
     name: Literal["sequence-classification", "token-classification"] | None = None
     data: str = STDLIB
     text_column: str | None = None
     label_column: str | None = None
+    config_name: str | None = None
+    revision: str | None = None
 
 
 class TaskData(NamedTuple):
@@ -113,7 +126,8 @@ def labelled_rows(
     Args:
         task: what to read, and for which head.
         tokenizer: the model's. It pads on the right from now on, so that positions count from the first token.
-        most: tokens of a row; what is beyond them is cut off.
+        most: tokens of a row; what is beyond them is cut off, and words there are not measured: `words_cut` of the
+            record says how many.
         cache_dir: as `DataConfig`'s.
 
     Raises:
@@ -122,8 +136,10 @@ def labelled_rows(
     if find_spec("evaluate") is None:
         raise UserError("measuring accuracy needs a package: pip install 'rezero_hf[eval]'")
     about = TASKS[task.name]
+    if task.data == STDLIB and (task.text_column or task.label_column):
+        raise DataError(f"text_column and label_column are for data with columns; {STDLIB} has none: leave them out")
     columns = task.text_column or about.text_column, task.label_column or about.label_column
-    found = read_labelled(task.data, *columns, cache_dir)
+    found = read_labelled(task.data, *columns, cache_dir, task.config_name, task.revision)
     of_words = task.name == "token-classification"
     if isinstance(found.splits["train"][0].text, list) != of_words:
         needed = "lists of words" if of_words else "strings"
@@ -133,6 +149,9 @@ def labelled_rows(
     tokenizer.padding_side = "right"
     encode = partial(_encode_words if of_words else _encode, tokenizer, most)
     splits = {split: [encode(row) for row in rows] for split, rows in found.splits.items()}
+    record = found.record | {"block_size": most}
+    if of_words:
+        record["words_cut"] = _drop_unlabelled(splits, found.splits, task.data)
     return TaskData(
         len(splits["train"]),
         lambda seed, number: Shuffled(splits["train"], seed, number),
@@ -143,13 +162,14 @@ def labelled_rows(
             "preprocess_logits_for_metrics": lambda logits, labels: logits.argmax(-1),
         },
         dict(enumerate(found.classes)),
-        found.record | {"block_size": most},
+        record,
         tokenizer,
     )
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, most: int, row: Row) -> dict[str, Any]:
-    ids = tokenizer(row.text, split_special_tokens=True, truncation=True, max_length=most)["input_ids"]
+    # Cut here: a tokenizer that is told to truncate keeps that, and is saved with it.
+    ids = tokenizer(row.text, split_special_tokens=True)["input_ids"][:most]
     return {"input_ids": ids, "labels": row.label}
 
 
@@ -160,6 +180,19 @@ def _encode_words(tokenizer: PreTrainedTokenizerBase, most: int, row: Row) -> di
     ids = tokenizer(words, split_special_tokens=True, add_special_tokens=False)["input_ids"]
     labels = [[*[IGNORE_INDEX] * (len(word) - 1), label] for word, label in zip(ids, row.label, strict=True)]
     return {name: list(chain(*each))[:most] for name, each in (("input_ids", ids), ("labels", labels))}
+
+
+def _drop_unlabelled(splits: dict[str, list[dict[str, Any]]], whole: dict[str, list[Row]], data: str) -> dict[str, int]:
+    """Take out rows whose first word does not fit: they have no label, and so no loss. The number of words of each
+    split that are neither trained on nor measured."""
+    cut = {}
+    for split, rows in splits.items():
+        labelled = [sum(label != IGNORE_INDEX for label in row["labels"]) for row in rows]
+        cut[split] = sum(len(row.text) for row in whole[split]) - sum(labelled)
+        splits[split] = [row for row, number in zip(rows, labelled, strict=True) if number]
+        if not splits[split]:
+            raise DataError(f"{data}: no row of {split} has a first word that fits into a block: raise block_size")
+    return cut
 
 
 class Shuffled(Dataset):
@@ -190,17 +223,13 @@ def _accuracy(found: EvalPrediction) -> dict[str, float]:
 
 
 def text_blocks(
-    data: str,
-    text_column: str | None,
-    tokenizer: PreTrainedTokenizerBase,
-    block_size: int,
-    cache_dir: str | None = None,
+    task: TaskConfig, tokenizer: PreTrainedTokenizerBase, block_size: int, cache_dir: str | None = None
 ) -> TaskData:
     """Text for language modelling, packed and measured in bits per byte as in pretraining.
 
     Args:
-        data: a source as recipes name it, or a file of rows (`.csv`, `.json`, `.jsonl`, `.parquet`).
-        text_column: of rows. Default: `text`.
+        task: what to read: `data` is a source as recipes name it, a file of rows (`.csv`, `.json`, `.jsonl`,
+            `.parquet`), or a folder of nothing else but such files.
         tokenizer: the model's; it has to give back the text that went in.
         block_size: tokens seen at once.
         cache_dir: as `DataConfig`'s.
@@ -208,10 +237,9 @@ def text_blocks(
     Raises:
         UserError: the text cannot be had or is shorter than a block.
     """
-    if Path(data).suffix in (".csv", ".json", ".jsonl", ".parquet") and Path(data).is_file():
-        data = f"hub:{data}"
-    columns = {"text_column": text_column} if text_column else {}
-    config = DataConfig([Source(data, **columns)], block_size=block_size, cache_dir=cache_dir)
+    data = f"hub:{task.data}" if _holds_rows(Path(task.data).expanduser()) else task.data
+    words = {name: getattr(task, name) for name in ("text_column", "config_name", "revision") if getattr(task, name)}
+    config = DataConfig([Source(data, **words)], block_size=block_size, cache_dir=cache_dir)
     prepared = prepare(config, tokenizer)
     return TaskData(
         prepared.totals("train")["tokens"] // block_size,
@@ -222,6 +250,14 @@ def text_blocks(
         prepared.record(),
         tokenizer,
     )
+
+
+def _holds_rows(path: Path) -> bool:
+    """Whether that is a file of rows, or a folder of them; what is hidden and a README.md do not count."""
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    shown = [file for file in files if "/." not in f"/{file.relative_to(path).as_posix()}" or file == path]
+    suffixes = {file.suffix for file in shown if file.name != "README.md"}
+    return bool(suffixes) and suffixes <= ROWS
 
 
 def labelled_images(data: str, processor: BaseImageProcessor, cache_dir: str | None = None) -> TaskData:

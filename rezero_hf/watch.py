@@ -22,6 +22,9 @@ from .errors import UserError
 # A loss this many standard deviations above the last steps' is recorded as a spike, once there are steps to judge by.
 SPIKE_DEVIATIONS = 6.0
 SPIKE_WINDOW = 64
+# What a script that was told to stop ends with: 128 + SIGTERM, as if the signal had ended the process. A scheduler must
+# not take the run for finished.
+PREEMPTED = 143
 
 
 class NotFiniteError(UserError):

@@ -11,6 +11,7 @@ training.KEY=value sets any of Trainer's arguments, and those of ReZeroTrainingA
 """
 
 import json
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -21,16 +22,18 @@ from transformers import set_seed
 from rezero_hf.arguments import sequences_per_step
 from rezero_hf.cli import run
 from rezero_hf.durable import write_whole
-from rezero_hf.export import export_folder
-from rezero_hf.finetuning import add_lora, find_base, hold_gates, load_base, read_task
+from rezero_hf.export import export_folder, rescue
+from rezero_hf.finetuning import add_lora, check_gates, find_base, hold_gates, load_base, read_task
 from rezero_hf.launching import check_launch
 from rezero_hf.markdown import number, table
+from rezero_hf.optim import gates as gates_of
 from rezero_hf.recipe import script_arguments
 from rezero_hf.run_folder import new_folder
 from rezero_hf.runs import now, provenance, read_metrics
 from rezero_hf.tasks import TASKS, TaskConfig
 from rezero_hf.together import on_main
 from rezero_hf.training import ReZeroTrainer, steps_over
+from rezero_hf.watch import PREEMPTED
 
 
 Name = StrEnum("Name", list(TASKS))
@@ -49,6 +52,8 @@ def main(
     task: Annotated[Name, typer.Option(help="what to learn")] = Name["sequence-classification"],
     text_column: Annotated[str | None, typer.Option("--text_column", help="[text, or tokens for tags]")] = None,
     label_column: Annotated[str | None, typer.Option("--label_column", help="[label, or tags]")] = None,
+    config_name: Annotated[str | None, typer.Option("--config_name", help="of hub: data, where it has several")] = None,
+    revision: Annotated[str | None, typer.Option(help="branch, tag or commit of hub: data")] = None,
     block_size: Annotated[int, typer.Option("--block_size", min=2, help="tokens of a row at most")] = 256,
     lora: Annotated[int | None, typer.Option(min=1, help="train adapters of this rank and the head alone")] = None,
     gates: Annotated[Gates | None, typer.Option(help="the residual gates [trained; held with --lora]")] = None,
@@ -60,12 +65,16 @@ def main(
     rate = {} if lora is None else {"learning_rate": LORA_RATE}
     args = script_arguments(output / "checkpoints", DEFAULTS | rate, overrides or ())
     base = find_base(model, task)
-    rows = read_task(base, TaskConfig(task, data, text_column, label_column), block_size, cache_dir)
+    about = TaskConfig(task, data, text_column, label_column, config_name, revision)
+    rows = read_task(base, about, block_size, cache_dir)
     args.max_steps = steps_over(args, rows.rows)
     set_seed(args.seed)
     network = load_base(base, task, rows.id2label, from_scratch)
+    if gates is not None:
+        check_gates(network)
+    has_gates = bool(gates_of(network))
     if lora is not None:
-        network = add_lora(network, task, lora, gates == Gates.trained)
+        network = add_lora(network, task, lora, gates == Gates.trained, base.commit)
     elif gates == Gates.held:
         hold_gates(network)
     on_main(lambda: new_folder(output))
@@ -77,7 +86,7 @@ def main(
         "parameters": network.num_parameters(),
         "trained_parameters": network.num_parameters(only_trainable=True),
         "lora": lora,
-        "gates": gates or (Gates.held if lora else Gates.trained),
+        "gates": (gates or (Gates.held if lora else Gates.trained)) if has_gates else None,
     }
     if not from_scratch:
         record["init_from"] = {"path": model, "commit": base.commit}
@@ -91,16 +100,25 @@ def main(
     )
     trainer.train()
     record |= {"finished": now(), "training_seconds": trainer.throughput.seconds()}
-    record["results"] = {split: trainer.measure(held_out) for split, held_out in rows.held_out.items()}
-    if not trainer.is_world_process_zero():
-        return
+    main_process = trainer.is_world_process_zero()
+    if trainer.told_to_stop:
+        if main_process:
+            step = f"step {trainer.state.global_step} of {args.max_steps}"
+            print(f"told to stop at {step}: nothing is exported; begin anew, with another --output")
+        sys.exit(PREEMPTED)
     trained = trainer.accelerator.unwrap_model(trainer.model)
     if lora is not None:
-        trained.save_pretrained(output / "adapter")
-        trained = trained.merge_and_unload()
-    rows_of_run = read_metrics(output / "metrics.jsonl")
-    export_folder(trained, rows.processor, output / "model", run=record, metrics=rows_of_run)
-    write_whole(output / "run.json", json.dumps(record, indent=2) + "\n")
+        if main_process:
+            trained.save_pretrained(output / "adapter", save_embedding_layers=False)
+        # What is measured is what is exported.
+        trained = trainer.model = trainer.model_wrapped = trained.merge_and_unload()
+    with rescue(trained, rows.processor, output / "rescued-model"):
+        record["results"] = {split: trainer.measure(held_out) for split, held_out in rows.held_out.items()}
+        if not main_process:
+            return
+        metrics = read_metrics(output / "metrics.jsonl")
+        export_folder(trained, rows.processor, output / "model", run=record, metrics=metrics)
+        write_whole(output / "run.json", json.dumps(record, indent=2) + "\n")
 
     columns = list(next(iter(record["results"].values())))
     lines = [[split, *(number(found[name]) for name in columns)] for split, found in record["results"].items()]
@@ -112,8 +130,13 @@ def next_command(task: str, folder: Path) -> str:
     """How to use what was made."""
     if task == "causal-lm":
         return f'python scripts/generate.py {folder} "def "'
-    what = "IMAGE.png" if task == "image-classification" else "def close(self):"
-    use = f"print(pipeline('{TASKS[task].pipeline}', '{folder}')('{what}'))"
+    what = "'IMAGE.png'" if task == "image-classification" else "'def close(self):'"
+    use = f"print(pipeline('{TASKS[task].pipeline}', '{folder}')({what}))"
+    if task == "token-classification":
+        # The pipeline names a class at every token, and only that of a word's last was trained.
+        found = f"pipeline('{TASKS[task].pipeline}', '{folder}', ignore_labels=[])(text)"
+        last = "not text[each['end']:each['end'] + 1].strip()"
+        use = f"text = {what}; print([(text[:each['end']].split()[-1], each['entity']) for each in {found} if {last}])"
     return f'python -c "import rezero_hf; from transformers import pipeline; {use}"'
 
 

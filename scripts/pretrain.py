@@ -33,10 +33,7 @@ from rezero_hf.starting import InitFrom, begin
 from rezero_hf.together import everywhere, on_main
 from rezero_hf.tokenization import load_tokenizer, token_byte_lengths
 from rezero_hf.training import ReZeroTrainer, training_steps
-
-
-# 128 + SIGTERM, as if the signal had ended the process: a scheduler must not take the run for finished.
-PREEMPTED = 143
+from rezero_hf.watch import PREEMPTED
 
 
 def main(

@@ -235,11 +235,11 @@ def test_a_network_for_images_begins_from_another_and_its_head_anew(recipe, data
     one, other = (ReZeroMLPForImageClassification.from_pretrained(folder).state_dict() for folder in models)
     assert all(torch.equal(one[name], other[name]) for name in one if name.startswith("model."))
     assert one["classifier.weight"].shape[0] == 3 and other["classifier.weight"].shape[0] == 2
-    deeper = load_recipe(recipe, [*words, "model.hidden_size=6"])
+    other = load_recipe(recipe, [*words, "model.hidden_size=6", "model.hidden_act=gelu"])
     with pytest.raises(
-        UserError, match=r"its weights are not those of a ReZeroMLPForImageClassification: .* has another"
+        UserError, match=r"is another model than the recipe's: hidden_size 8 there, 6 here; hidden_act 'relu' there"
     ):
-        run_experiment(deeper, tmp_path / "deeper", base=tmp_path / "base")
+        run_experiment(other, tmp_path / "other", base=tmp_path / "base")
 
 
 def test_what_another_run_begins_from_is_kept_for_as_long_as_it_is_needed(text_recipe, tmp_path, monkeypatch):

@@ -75,6 +75,15 @@ def test_missing_splits_are_carved_by_document(tmp_path, streaming):
     assert all(140 < len(found[split]) < 260 for split in ("validation", "test"))
 
 
+def test_a_file_is_read_alone_wherever_it_lies(tmp_path, monkeypatch):
+    """By its bare name too, and with characters that mean something in patterns."""
+    for name in ("rows[1].jsonl", "rows1.jsonl"):
+        write_rows(tmp_path / name, [f"{name} {n}" for n in range(20)])
+    monkeypatch.chdir(tmp_path)
+    found = texts_of(corpus_of("rows[1].jsonl", tmp_path / "cache"))
+    assert sorted(itertools.chain(*found.values())) == sorted(f"rows[1].jsonl {n}" for n in range(20))
+
+
 def test_both_modes_give_the_same(tmp_path):
     """Streaming changes how text travels, not which text it is."""
     write_rows(tmp_path / "set" / "train.jsonl", [f"document {i}" for i in range(50)])
