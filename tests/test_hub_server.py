@@ -174,11 +174,7 @@ def test_faults_come_in_order_and_on_their_route_only(hub, api):
         hub.fail("comit", DROP)
 
 
-@pytest.mark.parametrize(
-    "headers",
-    # The clients that older Transformers take do not read it.
-    [pytest.param({"Retry-After": "2"}, marks=pytest.mark.since("5.18")), {"RateLimit": '"api";r=0;t=2'}],
-)
+@pytest.mark.parametrize("headers", [{"Retry-After": "2"}, {"RateLimit": '"api";r=0;t=2'}])
 def test_a_client_that_retries_by_itself_waits_as_it_is_told(hub, api, headers):
     """For as long as either header says, at least; without one, its first wait is one second."""
     hub.fail("preupload", Refuse(429, headers))
