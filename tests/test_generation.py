@@ -110,7 +110,6 @@ def test_outputs_of_generation_hold_scores_hidden_states_and_attentions(model, i
     assert output.attentions[1][0].shape == (2, model.config.num_attention_heads, 1, ids.shape[1] + 1)
 
 
-@pytest.mark.since("5.18")
 def test_continuous_batching_gives_each_prompt_its_own_greedy_tokens(model, ids, greedy):
     """Prompts in one paged batch, from a pool of a few pages: by default it takes most of the machine's memory."""
     from transformers import ContinuousBatchingConfig, GenerationConfig
