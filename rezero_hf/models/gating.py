@@ -104,7 +104,7 @@ def _as(dtype, *tensors):
 
 
 def _inner(a, b):
-    # Not `dot`, whose last bits depend on where its vectors lie in memory: a resumed run would drift from an unbroken one.
+    # Not `dot`, whose last bits depend on where its vectors lie in memory: a resumed run would drift from a whole one.
     return (a * b).sum()
 
 
