@@ -148,17 +148,8 @@ class Case:
     @torch.no_grad()
     def training_products(self) -> float:
         """The step's operations at the rate that `torch.mm` reaches on its matrices, forward and backward."""
-        weights = [weight.to(self.mode.dtype) for weight in matrices(self.learner[0])]
-        rows = self.sizes.batch * self.sizes.context
-        gradients = {weight.shape: torch.empty_like(weight) for weight in weights}
-        inputs = self._vectors(weights, rows)
-
-        def products():
-            for weight, x, y, to_x, to_y in inputs:
-                torch.mm(x, weight.T, out=to_y)
-                torch.mm(y, weight, out=to_x)
-                torch.mm(y.T, x, out=gradients[weight.shape])
-
+        weights, rows = matrices(self.learner[0]), self.sizes.batch * self.sizes.context
+        products = step_products([weight.to(self.mode.dtype) for weight in weights], rows)
         flops = 6 * rows * sum(weight.numel() for weight in weights)
         return self.seconds(products) * self.training_flops() / flops
 
@@ -175,15 +166,8 @@ class Case:
         return self._products(matrices(self.writer), sequences, PASSES) * self.sizes.decoded(sequences) / PASSES
 
     def _products(self, weights: list[torch.Tensor], rows: int, passes: int = 1) -> float:
-        inputs = self._vectors(weights, rows) * passes
+        inputs = _vectors(weights, rows) * passes
         return self.seconds(lambda: [torch.mm(x, weight.T, out=to_y) for weight, x, _, _, to_y in inputs])
-
-    def _vectors(self, weights: list[torch.Tensor], rows: int) -> list[tuple[torch.Tensor, ...]]:
-        """Every matrix (out, in) with x (rows, in), y (rows, out), and buffers like x and y for results."""
-        widths = {width for weight in weights for width in weight.shape}
-        drawn = {width: torch.randn(rows, width, device=self.device, dtype=self.mode.dtype) for width in widths}
-        room = {width: torch.empty_like(vectors) for width, vectors in drawn.items()}
-        return [(weight, *(of[width] for of in (drawn, room) for width in weight.shape[::-1])) for weight in weights]
 
     @torch.no_grad()
     def decode_bandwidth(self, sequences: int) -> float:
@@ -207,6 +191,34 @@ def matrices(model: nn.Module) -> list[torch.Tensor]:
     turned = {id(module.weight) for module in modules if isinstance(module, Conv1D)}
     found = [weight for weight in model.parameters() if weight.ndim == 2 and id(weight) not in looked_up]
     return [(weight.T if id(weight) in turned else weight).detach() for weight in found]
+
+
+def step_products(weights: list[torch.Tensor], rows: int) -> Callable[[], None]:
+    """The products of a training step on so many rows, and nothing else: forward, at the inputs, at the weights.
+
+    Args:
+        weights: matrices (out, in), of one device and dtype.
+        rows: of the inputs.
+    """
+    gradients = {weight.shape: torch.empty_like(weight) for weight in weights}
+    inputs = _vectors(weights, rows)
+
+    @torch.no_grad()
+    def products() -> None:
+        for weight, x, y, to_x, to_y in inputs:
+            torch.mm(x, weight.T, out=to_y)
+            torch.mm(y, weight, out=to_x)
+            torch.mm(y.T, x, out=gradients[weight.shape])
+
+    return products
+
+
+def _vectors(weights: list[torch.Tensor], rows: int) -> list[tuple[torch.Tensor, ...]]:
+    """Every matrix (out, in) with x (rows, in), y (rows, out), and buffers like x and y for results."""
+    widths = {width for weight in weights for width in weight.shape}
+    drawn = {width: torch.randn(rows, width, device=weights[0].device, dtype=weights[0].dtype) for width in widths}
+    room = {width: torch.empty_like(vectors) for width, vectors in drawn.items()}
+    return [(weight, *(of[width] for of in (drawn, room) for width in weight.shape[::-1])) for weight in weights]
 
 
 def forward_flops(model: nn.Module, sizes: Sizes, layers: int, sequences: int) -> int:

@@ -29,7 +29,7 @@ from .corpora import open_corpus
 from .packing import write_shards
 from .randomness import permute
 from .shards import INDEX_NAME, TokenStream
-from .sources import SPLITS, DataError, Source, explained
+from .sources import SPLITS, DataError, Source, cache_folder, explained
 from .tokenization import check_tokenizer, tokenizer_fingerprint
 
 
@@ -100,7 +100,7 @@ def prepare(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, progress:
     check_tokenizer(tokenizer)
     if tokenizer.eos_token_id is None:
         raise DataError(f"tokenizer {config.tokenizer!r} has no eos_token to put between documents: give it one")
-    cache = Path(os.path.expanduser(config.cache_dir or "~/.cache/rezero_hf"))
+    cache = cache_folder(config.cache_dir)
     # Corpora explain what they cannot read, so this is about writing.
     with explained(f"cannot prepare data under {cache}", "set data.cache_dir to a folder with room and rights"):
         cache.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,6 @@ alone, so a resumed run, a run on more machines and an uninterrupted one see the
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from .image_sources import open_images
 from .image_store import INDEX_NAME, ImageSplit, check_files, read_labels, verify_files, write_images
 from .images import image_processor
 from .randomness import permutation
-from .sources import SPLITS, DataError, explained
+from .sources import SPLITS, DataError, cache_folder, explained
 
 
 __all__ = ["EvalImages", "ImageDataConfig", "PreparedImages", "TrainImages", "accuracy_metrics", "prepare_images"]
@@ -48,7 +47,7 @@ def prepare_images(config: ImageDataConfig, *, progress: bool = True) -> "Prepar
         DataError: a value, path or data set that cannot be used, or a package that is missing.
     """
     config.check()
-    cache = Path(os.path.expanduser(config.cache_dir or "~/.cache/rezero_hf"))
+    cache = cache_folder(config.cache_dir)
     # Sources explain what they cannot read, so this is about writing.
     with explained(f"cannot prepare images under {cache}", "set data.cache_dir to a folder with room and rights"):
         cache.mkdir(parents=True, exist_ok=True)

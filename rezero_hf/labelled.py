@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from .corpora import PythonStdlib
 from .hub_corpora import SPLIT_NAMES, load_dataset_or_explain
-from .sources import SPLITS, DataError, memory_file, recall, remember
+from .sources import SPLITS, DataError, cache_folder, memory_file, recall, remember
 
 
 STDLIB = "stdlib-functions"
@@ -73,7 +73,7 @@ def read_labelled(
     if (config_name or revision) and not data.startswith("hub:"):
         raise DataError(f"config_name and revision are of hub: data, not of {data}: leave them out")
     if data == STDLIB:
-        splits, classes = stdlib_functions(Path(os.path.expanduser(cache_dir or "~/.cache/rezero_hf"))), RETURNS
+        splits, classes = stdlib_functions(cache_folder(cache_dir)), RETURNS
     else:
         splits, classes = _read(data, text_column, label_column, config_name, revision)
     splits = {split: splits.get(split, []) for split in SPLITS}
@@ -102,13 +102,13 @@ def _keep_apart(splits: dict[str, list[Row]], order: tuple[str, ...]) -> int:
     by_text: dict[str, list[Row]] = {}
     for row in splits["train"]:
         by_text.setdefault(hashlib.sha256(json.dumps(row.text).encode()).hexdigest(), []).append(row)
-    order = iter(sorted(by_text))
+    digests = iter(sorted(by_text))
     size = max(1, len(by_text) // 10)
     for split in ("test", "validation"):
         if not splits[split]:
-            splits[split] = [row for _, digest in zip(range(size), order, strict=False) for row in by_text[digest]]
-    left = set(order)
-    splits["train"] = [row for digest, rows in by_text.items() if digest in left for row in rows] if left else []
+            splits[split] = [row for _, digest in zip(range(size), digests, strict=False) for row in by_text[digest]]
+    left = set(digests)
+    splits["train"] = [row for digest, rows in by_text.items() if digest in left for row in rows]
     return dropped
 
 

@@ -8,11 +8,12 @@ other, one of 2048 to 512 features 0.27 and 0.35.
 import time
 from collections import defaultdict
 from functools import partial
+from statistics import median
 
 import torch
 from torch import nn
 
-from .turns import Spread, by_turns, ratios
+from .turns import by_turns, ratios
 
 
 # How much of its time a product must save, by the median of turns.
@@ -42,7 +43,7 @@ def pack_for_decoding(model: nn.Module, seconds: float = 0.2) -> nn.Module:
         ways = {"now": [module.weight.detach() for module in modules]}
         ways["turned"] = [_turned(weight) for weight in ways["now"]]
         costs = by_turns({way: partial(_seconds, x, weights) for way, weights in ways.items()}, seconds)
-        if Spread.of(ratios(costs["turned"], costs["now"])).median < 1 - GAIN:
+        if median(ratios(costs["turned"], costs["now"])) < 1 - GAIN:
             for module, weight in zip(modules, ways["turned"], strict=True):
                 module.weight.data = weight
     return model

@@ -213,6 +213,11 @@ def _window_hashes(data: bytes, width: int) -> np.ndarray:
     return hashes
 
 
+def cache_folder(cache_dir: str | None) -> Path:
+    """Where prepared data live: what `cache_dir` says, or `~/.cache/rezero_hf`."""
+    return Path(os.path.expanduser(cache_dir or "~/.cache/rezero_hf"))
+
+
 def memory_file(cache_dir: Path, key: Any) -> Path:
     """The file that remembers what was found out about `key` (JSON)."""
     return cache_dir / "known" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.json"

@@ -24,7 +24,7 @@ import typer
 from transformers import PreTrainedModel, set_seed
 
 from rezero_hf import ReZeroConfig, ReZeroForCausalLM, ReZeroMLPConfig, ReZeroMLPForImageClassification
-from rezero_hf.benchmark_cases import matrices, peak_allocation
+from rezero_hf.benchmark_cases import matrices, peak_allocation, step_products
 from rezero_hf.cli import run
 from rezero_hf.errors import UserError, one_line
 from rezero_hf.runs import provenance
@@ -77,21 +77,12 @@ class Net:
         set_seed(0)
         self.model, self.batch = family.build(depth).train(), family.batch()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
-        self.weights = matrices(self.model)
-        widths = {width for weight in self.weights for width in weight.shape}
-        self.drawn = {width: torch.randn(family.rows, width) for width in widths}
+        self.products = step_products(matrices(self.model), family.rows)
 
     def step(self) -> None:
         self.model(**self.batch).loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-
-    @torch.no_grad()
-    def products(self) -> None:
-        for weight in self.weights:
-            x, y = self.drawn[weight.shape[1]], self.drawn[weight.shape[0]]
-            # Forward, at the input, at the weight.
-            torch.mm(x, weight.T), torch.mm(y, weight), torch.mm(y.T, x)
 
 
 def seconds(action: Callable[[], Any]) -> float:

@@ -66,7 +66,8 @@ class GatedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(alpha, h, weight, bias):
-        return nn.functional.linear(h, *_as(h.dtype, weight, bias)).mul_(alpha)
+        bias = None if bias is None else bias.to(h.dtype)
+        return nn.functional.linear(h, weight.to(h.dtype), bias).mul_(alpha)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -97,10 +98,6 @@ def gated(alpha: torch.Tensor, f: Callable[[torch.Tensor], torch.Tensor], x: tor
     if isinstance(f, Branch) and f.takes_gate(x):
         return GatedLinear.apply(alpha, f.inner(x), f.last.weight, f.last.bias)
     return alpha * f(x)
-
-
-def _as(dtype, *tensors):
-    return (tensor if tensor is None else tensor.to(dtype) for tensor in tensors)
 
 
 def _inner(a, b):
