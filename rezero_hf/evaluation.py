@@ -13,8 +13,9 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from tqdm import tqdm
 from transformers import AutoImageProcessor, PreTrainedModel
 
+from .blocks import IGNORE_INDEX, EvalBlocks
 from .checkpoints import MANIFEST
-from .data import IGNORE_INDEX, DataConfig, EvalBlocks, PreparedData, Source, prepare
+from .data import DataConfig, PreparedData, prepare
 from .errors import UserError
 from .export import describe_folder, write_records
 from .hub import user_section
@@ -22,7 +23,7 @@ from .image_data import EvalImages, ImageDataConfig, prepare_images
 from .opening import Opened, load_processor, tokenizer_of
 from .recipe import load_recipe
 from .runs import read_record
-from .sources import SPLITS, DataError, writable_folder
+from .sources import SPLITS, DataError, Source, writable_folder
 from .tokenization import token_byte_lengths
 
 

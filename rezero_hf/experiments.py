@@ -16,8 +16,9 @@ from transformers import PreTrainedConfig, PreTrainedModel, set_seed
 from transformers.trainer_utils import SaveStrategy
 
 from .arguments import ReZeroTrainingArguments, sequences_per_step
+from .blocks import EvalBlocks, TrainBlocks, held_out_blocks
 from .checkpoints import newest_complete
-from .data import EvalBlocks, TrainBlocks, held_out_blocks, prepare
+from .data import prepare
 from .diagnostics import signal_record
 from .durable import write_whole
 from .errors import UserError

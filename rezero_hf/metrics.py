@@ -11,7 +11,7 @@ import numpy as np
 from datasets import Features, Value
 from evaluate import Metric, MetricInfo
 
-from .data import IGNORE_INDEX
+from .blocks import IGNORE_INDEX
 
 
 class BitsPerByte(Metric):

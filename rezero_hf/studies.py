@@ -5,194 +5,25 @@ held-out validation text, and only what that chose is run with further seeds, so
 own difficulty asked for. Runs are independent: they go on `jobs` at a time, and finished ones are never repeated.
 """
 
-import itertools
 import math
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import yaml
 from filelock import FileLock, Timeout
 
 from .errors import UserError
 from .experiments import run_experiment
 from .launching import end_with_parent
-from .recipe import SECTIONS, load_recipe, read_yaml
-from .strict import RecipeError, check_names, checked
-
-
-# Metric -> whether less of it is better.
-METRICS = {"bits_per_byte": True, "loss": True, "accuracy": False}
-
-
-@dataclass
-class Row:
-    """One line of a study's table.
-
-    Args:
-        label: what the table calls it.
-        set: dotted overrides that make it, `section.key` -> value. A word that is set is not tuned.
-        search: words tuned for this row alone, besides the study's: `section.key` -> values to try.
-        first: what makes a run before it of the recipe, as `set` makes the row: `section.key` -> value. It is tuned to
-            the same words and has the same seed; the row goes on with its model, its optimiser's state and its data
-            (`init_from.path` is filled in, `init_from.grow_to` may be set), and its cost is the row's. Empty (default):
-            the row begins with random weights.
-        reported: the paper's number or word for it, as text; quoted as reported, not checked.
-    """
-
-    label: str
-    set: dict[str, Any] = field(default_factory=dict)
-    search: dict[str, list[Any]] = field(default_factory=dict)
-    first: dict[str, Any] = field(default_factory=dict)
-    reported: str | None = None
-
-
-@dataclass
-class Study:
-    """The section `study` of a recipe.
-
-    Args:
-        item: the table or figure of the paper it stands for.
-        rows: the lines of the table, by name.
-        metric: what is tuned for and shown, on validation data: `bits_per_byte`, `loss` or `accuracy`.
-        across: every row is run at each of these values, `section.key` -> values; one key.
-        search: words tuned for every row, tried in this order with the others at their best so far. The values of a
-            number are extended by their last ratio while the best is the first or the last of them.
-        extend: how many values may be added to each end of such a list.
-        seeds: the first is tuned with, all are run with what was chosen.
-        baseline: the row that speed-ups are against.
-        ours: the row that the README's line is about.
-        target: a value of the metric; steps and seconds to reach it are compared. None compares ends alone, unless
-        target_at: the share of the baseline's steps at which the target is read off the baseline's mean curve.
-        signal: record how signals travel, too (`diagnostics.signal_record`).
-        toy: also draw the paper's toy model of depth.
-        gates_off: measure the trained model once more with every alpha at 0: what its layers are worth.
-        bases: runs made once, before all rows, by name: what makes each of the recipe, `section.key` -> value. A row
-            begins with the model of one by `init_from.path: NAME`; its cost is not the row's. Nothing in it is tuned.
-    """
-
-    item: str
-    rows: dict[str, Row]
-    metric: Literal["bits_per_byte", "loss", "accuracy"] = "bits_per_byte"
-    across: dict[str, list[Any]] = field(default_factory=dict)
-    search: dict[str, list[Any]] = field(default_factory=dict)
-    extend: int = 3
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    baseline: str | None = None
-    ours: str = "rezero"
-    target: float | None = None
-    target_at: float | None = None
-    signal: bool = False
-    toy: bool = False
-    gates_off: bool = False
-    bases: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    def cells(self) -> list["Cell"]:
-        """Every row at every value of `across`, in the table's order."""
-        return [Cell(name, row, at) for at in _product(self.across) for name, row in self.rows.items()]
-
-    def base_of(self, cell: "Cell") -> str | None:
-        """Which of the bases a cell's runs begin from, if any."""
-        name = cell.spec.set.get("init_from.path")
-        return name if name in self.bases else None
-
-    def words(self) -> set[str]:
-        """All that rows differ in or are tuned over."""
-        said = (words for row in self.rows.values() for words in (row.set, row.search, row.first))
-        return {*self.across, *self.search, *itertools.chain(*said, *self.bases.values())}
-
-    def smallest(self) -> "Study":
-        """The same rows with as little of everything as still goes through every step: for smoke tests."""
-        few = {key: values[:2] for key, values in self.search.items()}
-
-        def short_run(words: dict[str, Any]) -> dict[str, Any]:
-            # How long is for the recipe's `smoke` to say.
-            return {key: value for key, value in words.items() if key != "training.max_steps"}
-
-        def small(row: Row) -> Row:
-            search = {key: values[:1] for key, values in row.search.items()}
-            return replace(row, set=short_run(row.set), first=short_run(row.first), search=search)
-
-        bases = {name: short_run(words) for name, words in self.bases.items()}
-        rows = {name: small(row) for name, row in self.rows.items()}
-        across = {key: values[:1] for key, values in self.across.items()}
-        return replace(self, rows=rows, search=few, across=across, extend=0, seeds=self.seeds[:1], bases=bases)
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A row at one value of `across`.
-
-    Args:
-        row: its name.
-        spec: what it says.
-        at: the value of `across`.
-    """
-
-    row: str
-    spec: Row
-    at: dict[str, Any]
-
-    @property
-    def name(self) -> str:
-        """Of the folder of its runs."""
-        return ",".join([self.row, *(f"{short(key)}={value}" for key, value in self.at.items())])
-
-    def overrides(self, setting: dict[str, Any]) -> list[str]:
-        """What `load_recipe` needs to make this cell of a recipe, tuned to `setting`."""
-        begins = {"init_from.path": "first"} if self.spec.first else {}
-        return _overrides({**self.at, **begins, **self.spec.set, **setting})
-
-    def first(self, setting: dict[str, Any]) -> list[str] | None:
-        """The same of the run before it; None without one."""
-        return _overrides({**self.at, **self.spec.first, **setting}) if self.spec.first else None
-
-
-def load_study(path: str | Path, size: str = "cpu") -> Study:
-    """Read and check the section `study` of a recipe.
-
-    Args:
-        path: the recipe.
-        size: `cpu`, or `smoke` or `full`, whose sections may set words of the study as `study.WORD`.
-
-    Raises:
-        RecipeError: there is none, or it says something that cannot be.
-    """
-    path = Path(path)
-    document = read_yaml(path)
-    section = document.get("study")
-    if not isinstance(section, dict) or not isinstance(section.get("rows"), dict):
-        raise RecipeError(f"{path}: is one run (scripts/pretrain.py), not a study: it has no section study with rows.")
-    sized = {key: value for key, value in (document.get(size) or {}).items() if key.startswith("study.")}
-    section |= {key.removeprefix("study."): value for key, value in sized.items()}
-    rows = {
-        name: Row(**checked(spec or {}, Row, f"{path}: study.rows.{name}")) for name, spec in section["rows"].items()
-    }
-    study = Study(**{**checked({**section, "rows": rows}, Study, f"{path}: study"), "rows": rows})
-    if study.baseline is not None:
-        check_names([study.baseline], study.rows, f"{path}: study.baseline")
-    if len(study.across) > 1:
-        raise RecipeError(f"{path}: study.across has {len(study.across)} keys; a table has one.")
-    if study.baseline is not None and any(row.first for row in rows.values()):
-        raise RecipeError(f"{path}: study.baseline compares steps, and those of a row with `first` are of two kinds.")
-    for key in study.words():
-        check_names([key.partition(".")[0]], SECTIONS, f"{path}: study: {key!r}: section")
-    # A typo in a row shows before the first hour of training.
-    for words in study.bases.values():
-        load_recipe(path, _overrides(words))
-    for cell in study.cells():
-        if study.bases and "init_from.path" in cell.spec.set:
-            check_names([cell.spec.set["init_from.path"]], study.bases, f"{path}: study.rows.{cell.row}: base")
-        for overrides in (cell.overrides({}), cell.first({})):
-            load_recipe(path, overrides or ())
-    return study
+from .recipe import load_recipe
+from .strict import RecipeError
+from .study_plan import METRICS, Cell, Study, overrides_of, short
 
 
 def run_study(
@@ -248,7 +79,7 @@ def run_study(
             return pool.submit(_run, str(path), *both, str(place), **words, base=base)
 
         def make(name: str) -> Future:
-            said = [*_overrides(study.bases[name]), *overrides]
+            said = [*overrides_of(study.bases[name]), *overrides]
             return pool.submit(_run, str(path), said, None, str(bases / name), **words, keep=True)
 
         try:
@@ -372,22 +203,6 @@ def _run(
         # Told to stop by its parent's death, a run saves first; after that nobody has anything for this process to do.
         if not parent_process().is_alive():
             os._exit(143)
-
-
-def _overrides(words: dict[str, Any]) -> list[str]:
-    return [
-        f"{key}={yaml.safe_dump(value, default_flow_style=True, width=1000).splitlines()[0]}"
-        for key, value in words.items()
-    ]
-
-
-def _product(across: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
-    return (dict(zip(across, values, strict=True)) for values in itertools.product(*across.values()))
-
-
-def short(key: str) -> str:
-    """A dotted word without its section."""
-    return key.rpartition(".")[2]
 
 
 def _rounded(number: float) -> float:

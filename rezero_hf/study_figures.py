@@ -9,7 +9,7 @@ import numpy as np
 
 from .figures import BLUE, GREY, VERMILION, gate_history, gate_map, log_ticks, new_figure, save, whole_ticks
 from .signal_figures import norm_curves, singular_value_histograms, toy_contours
-from .studies import METRICS, short
+from .study_plan import METRICS, short
 from .study_results import finite, place_of, places
 from .study_tables import UNITS
 from .toy_model import toy_landscape

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .studies import METRICS, Cell, Study
+from .study_plan import METRICS, Cell, Study
 from .traces import scrub
 
 

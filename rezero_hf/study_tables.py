@@ -7,7 +7,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from .markdown import table as markdown_table
-from .studies import METRICS, short
+from .study_plan import METRICS, short
 from .study_results import ahead_from, place_of, places, result_name
 
 

@@ -20,7 +20,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .data import IGNORE_INDEX, DataConfig, Source, TrainBlocks, held_out_blocks, prepare
+from .blocks import IGNORE_INDEX, TrainBlocks, held_out_blocks
+from .data import DataConfig, prepare
 from .errors import UserError
 from .image_data import EvalImages, ImageDataConfig, TrainImages, accuracy_metrics, prepare_images
 from .labelled import STDLIB, Row, read_labelled
@@ -32,7 +33,7 @@ from .models import (
     ReZeroResNetForImageClassification,
 )
 from .randomness import permute
-from .sources import DataError
+from .sources import DataError, Source
 from .tokenization import token_byte_lengths
 
 

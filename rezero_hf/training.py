@@ -18,8 +18,9 @@ from torch.utils.data import Dataset
 from transformers import EvalPrediction, PrinterCallback, ProgressCallback, SchedulerType
 
 from .arguments import ReZeroTrainingArguments, optimizer_for, sequences_per_step
+from .blocks import IGNORE_INDEX
 from .callbacks import BitsPerByteProgress, MetricsLog, measured_in
-from .data import IGNORE_INDEX, PreparedData
+from .data import PreparedData
 from .errors import UserError
 from .export import temporarily
 from .flops import flops_per_token

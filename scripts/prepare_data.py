@@ -15,10 +15,10 @@ from typing import Annotated
 import typer
 
 from rezero_hf.cli import run
-from rezero_hf.data import DataConfig, Source, prepare
+from rezero_hf.data import DataConfig, prepare
 from rezero_hf.errors import UserError
 from rezero_hf.recipe import load_language_recipe
-from rezero_hf.sources import SPLITS
+from rezero_hf.sources import SPLITS, Source
 from rezero_hf.tokenization import load_tokenizer
 
 

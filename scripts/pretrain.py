@@ -17,9 +17,10 @@ import typer
 from transformers import set_seed
 
 from rezero_hf.arguments import sequences_per_step
+from rezero_hf.blocks import EvalBlocks, TrainBlocks, held_out_blocks
 from rezero_hf.checkpoints import fetch_checkpoint
 from rezero_hf.cli import run
-from rezero_hf.data import EvalBlocks, TrainBlocks, held_out_blocks, prepare
+from rezero_hf.data import prepare
 from rezero_hf.errors import UserError
 from rezero_hf.export import export_folder, rescue
 from rezero_hf.farewell import farewell, sample

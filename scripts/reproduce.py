@@ -20,8 +20,9 @@ from rezero_hf.recipe import load_recipe
 from rezero_hf.runs import cores
 from rezero_hf.step_times import step_times
 from rezero_hf.strict import check_names
-from rezero_hf.studies import load_study, run_study
+from rezero_hf.studies import run_study
 from rezero_hf.study_figures import draw
+from rezero_hf.study_plan import load_study
 from rezero_hf.study_results import summarise
 from rezero_hf.study_tables import study_table
 

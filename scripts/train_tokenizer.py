@@ -13,8 +13,8 @@ import typer
 
 from rezero_hf.cli import run
 from rezero_hf.corpora import open_corpus
-from rezero_hf.data import DataConfig, Source
-from rezero_hf.sources import explained, writable_folder
+from rezero_hf.data import DataConfig
+from rezero_hf.sources import Source, explained, writable_folder
 from rezero_hf.tokenization import train_bpe
 
 

@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub.errors import StrictDataclassError
 
 from rezero_hf import ReZeroConfig
-from rezero_hf.studies import load_study
+from rezero_hf.study_plan import load_study
 
 
 ROOT = Path(__file__).parents[1]

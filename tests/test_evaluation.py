@@ -23,12 +23,14 @@ from rezero_hf import (
     opening,
     verify_folder,
 )
+from rezero_hf.blocks import EvalBlocks
 from rezero_hf.checkpoints import MANIFEST
-from rezero_hf.data import DataConfig, EvalBlocks, Source, prepare
+from rezero_hf.data import DataConfig, prepare
 from rezero_hf.errors import UserError
 from rezero_hf.evaluation import data_for, evaluate_images, evaluate_text, why_not_kept
 from rezero_hf.image_data import EvalImages, ImageDataConfig, accuracy_metrics, prepare_images
 from rezero_hf.opening import open_model
+from rezero_hf.sources import Source
 from rezero_hf.tokenization import token_byte_lengths, train_bpe
 
 

@@ -23,8 +23,9 @@ from rezero_hf.experiments import MODELS, run_experiment
 from rezero_hf.flops import flops_per_token
 from rezero_hf.recipe import load_language_recipe, load_recipe
 from rezero_hf.step_times import step_times
-from rezero_hf.studies import load_study, run_study
+from rezero_hf.studies import run_study
 from rezero_hf.study_figures import draw
+from rezero_hf.study_plan import load_study
 from rezero_hf.study_results import summarise
 from rezero_hf.study_tables import study_card, study_table
 from rezero_hf.tokenization import byte_tokenizer

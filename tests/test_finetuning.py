@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from rezero_hf import ReZeroForSequenceClassification, ReZeroMLPConfig, ReZeroMLPForImageClassification
-from rezero_hf.data import IGNORE_INDEX
+from rezero_hf.blocks import IGNORE_INDEX
 from rezero_hf.errors import UserError
 from rezero_hf.finetuning import add_lora, find_base, load_base, register_lora_targets
 from rezero_hf.images import image_processor

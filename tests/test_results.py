@@ -19,7 +19,7 @@ from rezero_hf.results import (
     table,
     with_measured_line,
 )
-from rezero_hf.studies import load_study
+from rezero_hf.study_plan import load_study
 from rezero_hf.study_results import result_name
 from rezero_hf.study_tables import studies_table, study_card
 

@@ -9,8 +9,9 @@ from filelock import FileLock
 from rezero_hf.errors import UserError
 from rezero_hf.flops import flops_per_token
 from rezero_hf.recipe import RecipeError, load_recipe
-from rezero_hf.studies import Cell, Row, Study, load_study, run_study, tune
+from rezero_hf.studies import run_study, tune
 from rezero_hf.study_figures import draw
+from rezero_hf.study_plan import Cell, Row, Study, load_study
 from rezero_hf.study_results import ahead_from, first_at, summarise
 from rezero_hf.study_tables import study_table
 from rezero_hf.tokenization import load_tokenizer

@@ -12,7 +12,8 @@ from torch import nn
 
 from rezero_hf import ReZeroConfig, ReZeroForCausalLM, ReZeroTrainer, ReZeroTrainingArguments
 from rezero_hf.arguments import sequences_per_step
-from rezero_hf.data import DataConfig, EvalBlocks, TrainBlocks, prepare
+from rezero_hf.blocks import EvalBlocks, TrainBlocks
+from rezero_hf.data import DataConfig, prepare
 from rezero_hf.errors import UserError
 from rezero_hf.flops import flops_per_token
 from rezero_hf.runs import read_metrics

@@ -9,9 +9,10 @@ import torch
 import yaml
 from checks import WINDOW, Check, load, logits, run, windows
 
-from rezero_hf.data import DataConfig, Source
+from rezero_hf.data import DataConfig
 from rezero_hf.evaluation import evaluate_text
 from rezero_hf.opening import open_model
+from rezero_hf.sources import Source
 from rezero_hf.tokenization import END_OF_TEXT
 
 
