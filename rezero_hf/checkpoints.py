@@ -15,10 +15,9 @@ from typing import Any
 import xxhash
 from filelock import FileLock
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from .durable import sync, write_whole
-from .errors import UserError
+from .errors import HUB_FAILURES, UserError, one_line
 
 
 MANIFEST = "complete.json"
@@ -183,9 +182,10 @@ def _fetch(source: str, into: Path) -> Path:
         repository, _, revision = source.partition("@")
         try:
             snapshot = snapshot_download(repository, revision=revision or None, allow_patterns="checkpoint-*/**")
-        except (OSError, HfHubHTTPError, HFValidationError) as error:
-            why = str(error).strip().splitlines()[0]
-            raise UserError(f"{source} is neither a folder nor a Hub repository that can be read ({why})") from error
+        except HUB_FAILURES as error:
+            raise UserError(
+                f"{source} is neither a folder nor a Hub repository that can be read ({one_line(error)})"
+            ) from error
         found, skipped = newest_complete(snapshot)
         if found is not None and any(found.rglob(".metadata")):
             raise UserError(

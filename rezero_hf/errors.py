@@ -1,5 +1,12 @@
 """The one exception for input a user can put right, and what to quote in it."""
 
+from huggingface_hub.errors import HTTPError
+
+
+# What the Hub's client raises when the network, the Hub, a name or a card is at fault; httpx's errors, which it lets
+# pass, are no OSErrors. A failed upload of a large file is a RuntimeError with one of the others as its cause.
+HUB_FAILURES = (OSError, HTTPError, ValueError, RuntimeError)
+
 
 class UserError(ValueError):
     """Bad input from a user; the message is one line that names the file, field and value, and the way out.

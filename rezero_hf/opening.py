@@ -18,9 +18,8 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .checkpoints import MANIFEST, verify_checkpoint
-from .errors import UserError, one_line
+from .errors import HUB_FAILURES, UserError, one_line
 from .models import ReZeroMLPForImageClassification, ReZeroResNetForImageClassification
-from .publishing import FAILURES
 from .starting import UNREADABLE, load_whole
 
 
@@ -167,7 +166,7 @@ def find(name: str) -> tuple[Path, str | None]:
         raise UserError(f"{name}: there is no such folder.")
     try:
         found = Path(snapshot_download(repository, revision=revision or None, **WANTED))
-    except FAILURES as error:
+    except HUB_FAILURES as error:
         raise UserError(
             f"{name}: there is no such folder, and it cannot be had from the Hub ({one_line(error)})."
         ) from error

@@ -24,15 +24,12 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import parse_ratelimit_headers
 
-from .errors import UserError
+from .errors import HUB_FAILURES, UserError
 from .hub import USER_SECTION, user_section
 
 
 # Answers after which the same request may succeed: the server is busy, or somebody else has committed meanwhile.
 PASSING = {408, 409, 412, 425, 429, 500, 502, 503, 504}
-# What the client raises when the network, the Hub, the name or the card is at fault. A failed upload of a large file is
-# a RuntimeError with one of the others as its cause.
-FAILURES = (OSError, HTTPError, ValueError, RuntimeError)
 # Left by an earlier push when the new one lacks them. Any other file may be somebody's.
 STALE = re.compile(
     r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|figures/[^/]+\.png|checkpoint-\d+/.+"
@@ -131,7 +128,7 @@ def push_folder(
         try:
             commit = _commit(files, repository, message, keep, tell, api)
             return Pushed(commit, attempts, round(time.monotonic() - started, 3))
-        except FAILURES as error:
+        except HUB_FAILURES as error:
             why = _one_line(error)
             if not _may_pass(error):
                 raise PushError(f"{repository}: {why}") from error
@@ -163,7 +160,7 @@ def check_access(repository: Repository, api: HfApi | None = None) -> str | None
         _section_on_the_hub(name, head, api, repository.token)
     except HFValidationError as error:
         raise PushError(f"{repository}: {_one_line(error)}") from error
-    except FAILURES as error:
+    except HUB_FAILURES as error:
         if _may_pass(error):
             return _one_line(error)
         raise PushError(

@@ -8,10 +8,12 @@ import sys
 import textwrap
 
 import pytest
+from hub_server import httpx
 from huggingface_hub import HfApi
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rezero_hf import checkpoints
 from rezero_hf.checkpoints import (
     MANIFEST,
     IncompleteCheckpointError,
@@ -178,3 +180,14 @@ def test_the_newest_whole_checkpoint_of_a_repository_is_fetched(hub, tmp_path):
         fetch_checkpoint("me/run", tmp_path / "other" / "checkpoints")
     with pytest.raises(UserError, match="neither a folder nor a Hub repository"):
         fetch_checkpoint("me/nothing", tmp_path / "other" / "checkpoints")
+
+
+def test_a_connection_lost_while_a_checkpoint_is_fetched_is_one_line(tmp_path, monkeypatch):
+    """What the client says once it has given up trying again."""
+
+    def lost(*_, **__):
+        raise httpx.RemoteProtocolError("peer closed connection without sending complete message body")
+
+    monkeypatch.setattr(checkpoints, "snapshot_download", lost)
+    with pytest.raises(UserError, match=r"me/run is neither .* can be read \(peer closed connection"):
+        fetch_checkpoint("me/run", tmp_path / "checkpoints")
