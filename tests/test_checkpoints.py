@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import textwrap
 
 import pytest
@@ -12,6 +10,7 @@ from hub_server import httpx
 from huggingface_hub import HfApi
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import run_script
 
 from rezero_hf import checkpoints
 from rezero_hf.checkpoints import (
@@ -93,7 +92,6 @@ def test_a_save_that_was_killed_never_counts(tmp_path, when):
     code = """
         import os, signal, sys
         from pathlib import Path
-        sys.path.insert(0, sys.argv[3])
         from rezero_hf import checkpoints
         die = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
         if sys.argv[2] == "before the manifest":
@@ -106,12 +104,12 @@ def test_a_save_that_was_killed_never_counts(tmp_path, when):
         Path.rename = die
         checkpoints.finish_checkpoint(folder, {"step": 10, "resumable": True})
     """
-    arguments = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path), when, ""]
-    assert subprocess.run(arguments, check=False).returncode == -signal.SIGKILL
+    (tmp_path / "save.py").write_text(textwrap.dedent(code))
+    assert run_script(tmp_path / "save.py", tmp_path, when).returncode == -signal.SIGKILL
     assert partial_of(tmp_path / "checkpoint-10").is_dir()
     assert newest_complete(tmp_path) == (tmp_path / "checkpoint-5", [])
     save(tmp_path, 15)
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-5", "checkpoint-15"}
+    assert {path.name for path in tmp_path.iterdir()} == {"save.py", "checkpoint-5", "checkpoint-15"}
 
 
 def test_weights_alone_are_nothing_to_go_on_from(tmp_path):

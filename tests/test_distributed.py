@@ -4,13 +4,11 @@ Transformers' own engine does the work (`DistributedConfig`); what is held to ac
 gates and its embedding scale stand.
 """
 
-import os
-import subprocess
-import sys
 import textwrap
 
 import pytest
 import torch
+from processes import run_in_group
 
 from rezero_hf import ReZeroForCausalLM
 
@@ -49,17 +47,8 @@ def run_on(processes, code, *folders, tmp_path):
     """Run `code` in processes that form one gloo group; all must succeed."""
     script = tmp_path / "script.py"
     script.write_text(PROLOGUE + textwrap.dedent(code) + "\ndist.destroy_process_group()\n")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(script), *map(str, folders)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
+    statuses, said = run_in_group(processes, script, *folders)
+    assert set(statuses) == {0}, said[-6000:]
 
 
 @pytest.fixture(scope="module")

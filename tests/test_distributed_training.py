@@ -1,14 +1,12 @@
 """Training on two processes (gloo): the same curve as on one, saved whole by all, resumed exactly, and never half."""
 
 import json
-import os
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 import torch
+from processes import run_in_group, run_script
 from test_portable import CAUSAL_LM, finish, start
 
 from rezero_hf import ReZeroForCausalLM
@@ -65,13 +63,9 @@ def run_on(processes, code, folder, prologue=PROLOGUE, check=True):
     script = folder / f"script{len(list(folder.glob('script*')))}.py"
     body = textwrap.dedent(code) + "\nfrom rezero_hf.cli import leave_group\nleave_group()\n"
     script.write_text(prologue.replace("TESTS", repr(str(Path(__file__).parent))) + body)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(script), str(folder)], env=environment, capture_output=True, text=True, check=False, timeout=240
-    )
-    assert not check or done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return done.stdout + done.stderr
+    statuses, said = run_in_group(processes, script, folder)
+    assert not check or set(statuses) == {0}, said[-8000:]
+    return said
 
 
 @pytest.fixture
@@ -244,7 +238,7 @@ def test_fully_sharded_training_is_the_same_run(folder):
         assert {"modeling_rezero.py", "tokenizer.json", "README.md"} <= {path.name for path in newest.iterdir()}
     exported = folder / "exported"
     script = Path(__file__).parents[1] / "scripts" / "export.py"
-    subprocess.run([sys.executable, script, newest, exported], check=True, capture_output=True)
+    assert run_script(script, newest, exported).returncode == 0
     whole = checkpoints_in(folder / "FULL_STATE_DICT" / "out")[0]
     for kind, saved in (("FULL_STATE_DICT", whole), ("SHARDED_STATE_DICT", exported)):
         trained = torch.load(folder / f"{kind}.pt", weights_only=True)

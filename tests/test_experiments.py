@@ -16,6 +16,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from processes import run_script
 
 from rezero_hf import ReZeroMLPForImageClassification, ReZeroTrainer, studies
 from rezero_hf.errors import UserError
@@ -290,13 +291,7 @@ def test_the_script_tunes_and_draws(recipe, tmp_path):
     recipe.write_text(f"{TINY}study: {json.dumps(study)}\n")
 
     words = ["--output", tmp_path / "runs", "--jobs", "1", f"data.cache_dir={tmp_path / 'cache'}"]
-    done = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "reproduce.py", recipe, *words],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_script(ROOT / "scripts" / "reproduce.py", recipe, *words)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((tmp_path / "runs" / "result.json").read_text())
     assert [row["label"] for row in result["rows"]] == ["plain", "rezero"]

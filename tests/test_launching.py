@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from processes import free_port
 
 from rezero_hf import verify_folder
 from rezero_hf.checkpoints import checkpoints_in
@@ -48,12 +48,6 @@ def launch(workplace, *options, arguments=()):
         stderr=subprocess.STDOUT,
         text=True,
     )
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def errors(output):

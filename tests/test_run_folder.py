@@ -1,10 +1,9 @@
 """A run goes on in its own folder, starts in an empty one, and takes nobody else's."""
 
 import json
-import subprocess
-import sys
 
 import pytest
+from processes import run_script
 
 from rezero_hf.checkpoints import begin_checkpoint, finish_checkpoint
 from rezero_hf.errors import UserError
@@ -79,7 +78,8 @@ def test_a_folder_that_is_no_run_or_is_in_use_is_left_alone(tmp_path):
     assert (tmp_path / "thesis" / "thesis.txt").read_text() == "mine"
     claimed = claim_run_dir(tmp_path / "run", RECIPE)
     code = f"from rezero_hf.run_folder import claim_run_dir; claim_run_dir({str(claimed.path)!r}, '')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    (tmp_path / "claim.py").write_text(code)
+    done = run_script(tmp_path / "claim.py")
     assert "another run is writing there" in done.stderr
 
 

@@ -1,7 +1,6 @@
 """The commands as a user types them: every recipe runs small, and a mistake is one line, not a traceback."""
 
 import json
-import os
 import re
 import runpy
 import subprocess
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from processes import run_script
 
 from rezero_hf import load_recipe, verify_folder
 from rezero_hf.runs import read_metrics
@@ -23,9 +23,7 @@ RUNS = [path for path in RECIPES if "\nstudy:" not in path.read_text()]
 
 def launch(*arguments, cwd=ROOT):
     """One process without a launcher; `test_launching.py` has those."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(ROOT / "scripts" / "pretrain.py"), *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    return run_script(ROOT / "scripts" / "pretrain.py", *arguments, cwd=cwd)
 
 
 @pytest.fixture

@@ -1,13 +1,11 @@
 """ReZeroTrainer: gate groups, bits per byte that weigh every byte once, and a record of the run."""
 
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import run_script
 from torch import nn
 
 from rezero_hf import ReZeroConfig, ReZeroForCausalLM, ReZeroTrainer, ReZeroTrainingArguments
@@ -202,7 +200,7 @@ def test_tensorboard_gets_the_losses_and_bits_per_byte(prepared, tmp_path, monke
         assert logged == pytest.approx({row["step"]: row[name] for row in rows})
 
 
-def test_trackio_gets_the_losses_and_bits_per_byte(prepared, tmp_path):
+def test_trackio_gets_the_losses_and_bits_per_byte(prepared, tmp_path, monkeypatch):
     """In a process of its own, because trackio reads its folder's name when it is imported."""
     code = f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
@@ -214,8 +212,9 @@ trainer = trainer_for(prepare(config, byte_tokenizer()), Path({str(tmp_path)!r})
                       logging_steps=1, project="demo")
 trainer.train()
 """
-    environment = {**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio")}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    (tmp_path / "train.py").write_text(code)
+    done = run_script(tmp_path / "train.py")
     assert done.returncode == 0, done.stderr[-3000:]
     stored = b"".join(path.read_bytes() for path in (tmp_path / "trackio").rglob("*demo*") if path.is_file())
     assert b"bits_per_byte" in stored and b"grad_norm" in stored
