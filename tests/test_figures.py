@@ -1,10 +1,8 @@
 """The figures: drawn from recorded rows alone, and honest when the rows are few, broken or without gates."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
+from processes import run_script
 
 from rezero_hf.figures import gate_history, gate_map, log_ticks, loss_curve, new_figure
 from rezero_hf.runs import read_metrics
@@ -178,4 +176,6 @@ def test_drawing_leaves_matplotlib_alone(tmp_path):
         "f.loss_curve([{'event': 'train', 'step': s, 'bits_per_byte': 9 / s} for s in (1, 2)], sys.argv[1])\n"
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "loss.png")], check=True)
+    (tmp_path / "draw.py").write_text(code)
+    done = run_script(tmp_path / "draw.py", tmp_path / "loss.png")
+    assert done.returncode == 0, done.stderr

@@ -1,7 +1,6 @@
 """The heads beside the causal one: what they compute, what they may see, and that each loads alone where no package is."""
 
 import re
-import subprocess
 
 import pytest
 import torch
@@ -162,48 +161,42 @@ def test_a_new_head_trains_every_gate(tiny_model, ids, head):
             assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
 
 
-CHECKS = {
-    ReZeroForMaskedLM: """
-        from transformers import pipeline
-        found = pipeline("fill-mask", folder, **remote)("def <|mask|>ain():")
-        assert len(found) == 5 and all(0 <= item["score"] <= 1 for item in found)
-    """,
-    ReZeroForSequenceClassification: """
-        from transformers import pipeline
-        found = pipeline("text-classification", folder, **remote)("def main():")
-        assert found[0]["label"] in {"LABEL_0", "LABEL_1", "LABEL_2"}
-    """,
-    ReZeroForTokenClassification: """
-        from transformers import pipeline
-        found = pipeline("token-classification", folder, **remote)("def")
-        assert len(found) == 3
-    """,
-    ReZeroForQuestionAnswering: """
-        import torch
-        from transformers import AutoModelForQuestionAnswering, AutoTokenizer
-        model = AutoModelForQuestionAnswering.from_pretrained(folder, **remote)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        output = model(**tokenizer("what is it? it is this", return_tensors="pt"))
-        assert torch.equal(output.start_logits, torch.load(folder + "/../expected.pt", weights_only=True))
-    """,
-}
+EACH_HEAD = """
+    from pathlib import Path
+    import torch
+    from transformers import AutoModelForQuestionAnswering, AutoTokenizer, pipeline
+
+    def of(head):
+        return str(Path(folder) / head)
+
+    found = pipeline("fill-mask", of("ReZeroForMaskedLM"), **remote)("def <|mask|>ain():")
+    assert len(found) == 5 and all(0 <= item["score"] <= 1 for item in found)
+    found = pipeline("text-classification", of("ReZeroForSequenceClassification"), **remote)("def main():")
+    assert found[0]["label"] in {"LABEL_0", "LABEL_1", "LABEL_2"}
+    found = pipeline("token-classification", of("ReZeroForTokenClassification"), **remote)("def")
+    assert len(found) == 3
+    model = AutoModelForQuestionAnswering.from_pretrained(of("ReZeroForQuestionAnswering"), **remote)
+    tokenizer = AutoTokenizer.from_pretrained(of("ReZeroForQuestionAnswering"))
+    output = model(**tokenizer("what is it? it is this", return_tensors="pt"))
+    assert torch.equal(output.start_logits, torch.load(out, weights_only=True))
+"""
 
 
 def test_each_head_loads_where_the_package_is_not_with_its_pipeline(tiny_model, tokenizer, tmp_path):
-    """Every head in a fresh process of its own, two at a time, from a folder that holds its code."""
-    jobs = []
-    for head, code in CHECKS.items():
+    """From folders that hold their own code, in a fresh process."""
+    heads = [
+        ReZeroForMaskedLM,
+        ReZeroForSequenceClassification,
+        ReZeroForTokenClassification,
+        ReZeroForQuestionAnswering,
+    ]
+    for head in heads:
         model = tiny_model(head, pad_token_id=257, num_labels=3)
-        folder = tmp_path / head.__name__ / "model"
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        if head is ReZeroForQuestionAnswering:
-            inputs = tokenizer("what is it? it is this", return_tensors="pt")
-            torch.save(model(**inputs).start_logits.detach(), folder.parent / "expected.pt")
-        jobs.append((code, folder))
-    for pair in (jobs[:2], jobs[2:]):
-        running: list[subprocess.Popen] = [start(tmp_path, code, folder) for code, folder in pair]
-        finish(*running)
+        model.save_pretrained(tmp_path / head.__name__)
+        tokenizer.save_pretrained(tmp_path / head.__name__)
+    inputs = tokenizer("what is it? it is this", return_tensors="pt")
+    torch.save(model(**inputs).start_logits.detach(), tmp_path / "expected.pt")
+    finish(start(tmp_path, EACH_HEAD, tmp_path, tmp_path / "expected.pt"))
 
 
 @pytest.mark.parametrize(("size", "millions"), [("10m", 10), ("50m", 50), ("125m", 125), ("350m", 350)])
