@@ -146,17 +146,19 @@ def tune(
 
     def best_of(key: str, values: list[Any], others: dict[str, Any]) -> tuple[list[Any], Any]:
         values, added = list(values), extended.setdefault(key, {0: 0, -1: 0})
-        number = len(values) > 1 and all(isinstance(value, int | float) and value > 0 for value in values)
+        number = len(values) > 1 and all(isinstance(value, int | float) and value >= 0 for value in values)
         while True:
             found = all_of([{**others, key: value} for value in values], study.seeds[:1])
             scores = [score(run, study.metric) for run in found]
             place = scores.index(min(scores))
             # Where all diverge the first counts as best, and lower values are tried.
             edge = 0 if place == 0 else -1 if place == len(values) - 1 else None
+            # Below no warm-up there is nothing.
+            edge = None if edge == 0 and values[0] == 0 else edge
             if edge is None or not number or added[edge] >= study.extend:
                 return values, values[place]
             added[edge] += 1
-            ratio = values[-1] / values[-2]
+            ratio = values[-1] / values[-2] if values[-2] else 2.0
             values = [_rounded(values[0] / ratio), *values] if edge == 0 else [*values, _rounded(values[-1] * ratio)]
 
     words = {key: values for key, values in {**study.search, **cell.spec.search}.items() if key not in cell.spec.set}

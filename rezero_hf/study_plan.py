@@ -48,7 +48,8 @@ class Study:
         metric: what is tuned for and shown, on validation data: `bits_per_byte`, `loss` or `accuracy`.
         across: every row is run at each of these values, `section.key` -> values; one key.
         search: words tuned for every row, tried in this order with the others at their best so far. The values of a
-            number are extended by their last ratio while the best is the first or the last of them.
+            number are extended by their last ratio while the best is the first or the last of them; after 0 (no
+            warm-up) and one value by doubling, and not below 0.
         extend: how many values may be added to each end of such a list.
         seeds: the first is tuned with, all are run with what was chosen.
         baseline: the row that speed-ups are against.

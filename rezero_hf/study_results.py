@@ -98,7 +98,8 @@ def _row(study: Study, cell: Cell, runs: list[dict[str, Any]]) -> dict[str, Any]
         beside = [run["set"] for run in runs if all(run["set"][other] == best[other] for other in best if other != key)]
         values = sorted({words[key] for words in beside if isinstance(words[key], int | float)})
         if len(values) > 1:
-            inside[key] = values[0] < value < values[-1]
+            # Below no warm-up there is nothing.
+            inside[key] = (values[0] < value or value == 0) and value < values[-1]
     kept = ("seed", "parameters", "steps", "flops", "training_seconds", "peak_memory_bytes", "diverged", "curve")
     kept += ("signal", "gates_off", "threads")
     return {

@@ -73,6 +73,17 @@ def test_a_grid_is_extended_until_the_best_is_inside():
     assert len(started) == len({(tuple(setting.items()), seed) for setting, seed in started}) == len(runs)
 
 
+def test_a_warm_up_is_extended_upwards_and_none_at_all_is_no_edge():
+    """From 0 and 10 by doubling; where 0 is best nothing is below it."""
+    study = Study("item", {"row": Row("row")}, search={WARMUP: [0, 10]}, seeds=[0])
+    runs, started = tuned(study, Row("row"), lambda setting, seed: 2 + abs(setting[WARMUP] - 20))
+    assert [setting[WARMUP] for setting, _ in started] == [0, 10, 20, 40]
+    assert summarise("demo", "cpu", study, {"row": runs})["rows"][0]["inside"] == {WARMUP: True}
+    runs, started = tuned(study, Row("row"), lambda setting, seed: 2 + setting[WARMUP])
+    assert [setting[WARMUP] for setting, _ in started] == [0, 10]
+    assert summarise("demo", "cpu", study, {"row": runs})["rows"][0]["inside"] == {WARMUP: True}
+
+
 def test_where_every_rate_diverges_lower_ones_are_tried_and_the_limit_is_kept():
     study = Study("item", {}, search={RATE: [0.004, 0.008]}, seeds=[0], extend=2)
     _, started = tuned(study, Row("row"), lambda setting, seed: None if setting[RATE] > 0.0015 else 2.0)
