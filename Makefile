@@ -26,7 +26,8 @@ torture: $(READY)  ## kill runs at random, resume them, compare them bit for bit
 	$(BIN)/python scripts/torture.py $(ARGS)
 
 reproduce:  ## the paper's tables and figures: what each claims, its command and its cost
-	@grep -h -E '^# (Claim|Command|Cost)' $$(grep -l '^study:' scripts/recipes/*.yaml) | sed 's/^# //; s/^Claim/\nClaim/'
+	@awk 'FNR == 1 { header = 1; print "" } !/^# / { header = 0 } header { sub(/^# /, ""); print }' \
+		$$(grep -l '^study:' scripts/recipes/*.yaml)
 
 benchmark: $(READY)  ## speed and memory beside other libraries; half an hour
 	$(BIN)/python scripts/benchmark.py $(ARGS)

@@ -42,7 +42,14 @@ def run(*mains: Callable) -> None:
         mains: one function; or several, which are the script's subcommands, by their names and docstrings.
     """
     help = sys.modules[mains[0].__module__].__doc__
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=help)
+    app = typer.Typer(
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        help=help,
+        # Transformers' and accelerate's own flags have underscores: either is right here.
+        context_settings={"token_normalize_func": lambda name: name.replace("_", "-")},
+    )
     for main in mains:
         app.command(help=help if len(mains) == 1 else main.__doc__)(_guarded(main))
     app()

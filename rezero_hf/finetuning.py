@@ -100,7 +100,7 @@ def read_task(base: Base, task: TaskConfig, block_size: int, cache_dir: str | No
     if task.name == "image-classification":
         if any(dataclasses.astuple(task)[2:]):
             raise UserError(
-                "--text_column, --label_column, --config_name and --revision are for text; columns of images are found "
+                "--text-column, --label-column, --config-name and --revision are for text; columns of images are found "
                 "by their types."
             )
         data = labelled_images(task.data, base.processor, cache_dir)
@@ -112,10 +112,10 @@ def read_task(base: Base, task: TaskConfig, block_size: int, cache_dir: str | No
     rotary = base.config.position_embedding == "rope"
     if not rotary and block_size > base.config.max_position_embeddings:
         positions = base.config.max_position_embeddings
-        raise UserError(f"--block_size {block_size}: {base.name} has positions for {positions} tokens; lower it.")
+        raise UserError(f"--block-size {block_size}: {base.name} has positions for {positions} tokens; lower it.")
     if task.name == "causal-lm":
         if task.label_column:
-            raise UserError("--label_column is for classes; causal-lm predicts the text itself.")
+            raise UserError("--label-column is for classes; causal-lm predicts the text itself.")
         return text_blocks(task, base.processor, block_size, cache_dir)
     return labelled_rows(task, base.processor, block_size, cache_dir)
 

@@ -173,7 +173,7 @@ def describe(plan: RunPlan, mfu: float = 0.4) -> str:
         f"memory  {_si(memory.peak)}B per device{fits} ({shown}; not all at once)",
         f"        that is {on} activation checkpointing; {off} it {_si(other.peak)}B"
         if other is not None
-        else f"        that is {on} activation checkpointing; --dry_run says how much {off} it",
+        else f"        that is {on} activation checkpointing; --dry-run says how much {off} it",
     ]
     if memory.resident is not None:
         # Without holes a step of 50M takes 10.8 s of CPU instead of 9.1.

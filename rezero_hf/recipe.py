@@ -52,7 +52,7 @@ NOT_OURS = {
     "resume_from_checkpoint": "the same command goes on by itself; another checkpoint is named with --resume-from",
     "enable_jit_checkpoint": "a run told to stop (SIGTERM) saves by itself",
     "ignore_data_skip": "a resumed run would see its text again",
-    "auto_find_batch_size": "another batch would be another run; --dry_run says what fits",
+    "auto_find_batch_size": "another batch would be another run; --dry-run says what fits",
     "hub_always_push": "of the saves that wait for a push only the newest is kept",
     "do_train": "scripts/pretrain.py always trains",
     "do_eval": "scripts/pretrain.py always evaluates",

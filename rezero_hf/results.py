@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,6 @@ from .runs import read_metrics
 from .traces import scrub
 
 
-MEASURED = "# Measured "
 NONE = "No client's result is committed yet."
 COLUMNS = ("run", "seed", "parameters", "tokens", "validation", "test", "training", "device", "versions", "commit")
 
@@ -135,26 +135,30 @@ def integrations_section(results: Iterable[dict[str, Any]]) -> str:
     return "\n\n".join(parts) or NONE
 
 
-def measured_line(records: Iterable[dict[str, Any]], name: str) -> str:
-    """The line of a recipe's header that says what its committed runs reached."""
+def measured(records: Iterable[dict[str, Any]], name: str) -> str:
+    """What a recipe's header says that its committed runs reached."""
     runs = sorted((record for record in records if record["name"] == name), key=lambda record: record["seed"])
     bits = {split: [run["results"][split]["bits_per_byte"] for run in runs] for split in ("validation", "test")}
     reached = ", ".join(
         f"{' and '.join(f'{value:.3f}' for value in values)} on {split}" for split, values in bits.items()
     )
     seeds = ", ".join(str(run["seed"]) for run in runs)
-    return f"{MEASURED} {reached} (bits per byte, seed {seeds})"
+    return f"{reached} (bits per byte, seed {seeds})"
 
 
-def with_measured_line(recipe: str, line: str) -> str:
-    """The recipe's text with its line of measured numbers replaced.
+def with_measured(recipe: str, said: Iterable[str]) -> str:
+    """A recipe's text with what was measured as the last entry of its header, in place of what stood there.
 
     Raises:
-        UserError: the header has not exactly one such line.
+        UserError: the text does not begin with such a header, `# Claim` first.
     """
-    if len(re.findall(rf"^{MEASURED}", recipe, re.MULTILINE)) != 1:
-        raise UserError(f"the recipe's header needs exactly one line that begins with {MEASURED!r}")
-    return re.sub(rf"^{MEASURED}.*$", line, recipe, flags=re.MULTILINE)
+    found = re.match(r"# Claim .*\n(?:# .*\n)*", recipe)
+    if found is None:
+        raise UserError("the recipe needs a header: lines that begin with '# ', the first with '# Claim '")
+    header = re.sub(r"^# Measured .*\n(?:#   .*\n)*", "", found[0], flags=re.MULTILINE)
+    margins = {"initial_indent": "# Measured  ", "subsequent_indent": "#           "}
+    entries = [textwrap.fill(text, 120, break_on_hyphens=False, **margins) for text in said]
+    return "\n".join([header.rstrip("\n"), *entries, recipe[found.end() :]])
 
 
 def splice(document: str, text: str, what: str = "results") -> str:

@@ -118,7 +118,9 @@ def device_name(device: torch.device) -> str:
     """The accelerator's name, or the processor's with the number of cores this process may use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_processor()} ({cores()} cores)" if device.type == "cpu" else device.type
+    if device.type != "cpu":
+        return device.type
+    return f"{_processor()} ({cores()} core{'s' if cores() > 1 else ''})"
 
 
 def cores() -> int:

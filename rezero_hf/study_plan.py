@@ -59,6 +59,7 @@ class Study:
         signal: record how signals travel, too (`diagnostics.signal_record`).
         toy: also draw the paper's toy model of depth.
         gates_off: measure the trained model once more with every alpha at 0: what its layers are worth.
+        note: what a reader of its page has to know before comparing rows.
         bases: runs made once, before all rows, by name: what makes each of the recipe, `section.key` -> value. A row
             begins with the model of one by `init_from.path: NAME`; its cost is not the row's. Nothing in it is tuned.
     """
@@ -77,6 +78,7 @@ class Study:
     signal: bool = False
     toy: bool = False
     gates_off: bool = False
+    note: str | None = None
     bases: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def cells(self) -> list["Cell"]:

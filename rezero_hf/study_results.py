@@ -45,7 +45,7 @@ def summarise(
     every = [run for cell in cells for run in runs[cell.name]]
     about = {
         word: getattr(study, word)
-        for word in ("item", "metric", "baseline", "seeds", "search", "target_at", "toy", "ours", "bases")
+        for word in ("item", "metric", "baseline", "seeds", "search", "target_at", "toy", "ours", "bases", "note")
     }
     about |= {word: every[0][word] for word in ("command", "recipe", "data")}
     # Runs of several sittings may differ in these.

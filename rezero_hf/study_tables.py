@@ -7,7 +7,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from .markdown import table as markdown_table
-from .study_plan import METRICS, short
+from .study_plan import short
 from .study_results import ahead_from, place_of, places, result_name
 
 
@@ -17,7 +17,7 @@ Mean and standard deviation over seeds, on validation data unless said otherwise
 cores that other runs may have shared. What the paper or its authors' notebooks report is quoted and was not checked
 against the paper; it is of another size, so only the order of rows compares.
 
-{tuning}{grown}{begun}
+{tuning}{grown}{begun}{note}
 
 {table}
 
@@ -38,7 +38,7 @@ BEGUN = (
     "row's: {bases}. Bases were not tuned, and have one seed: the spread over seeds is of what came after, and a "
     "difference between rows from two bases may be one between their rates."
 )
-NOT_TUNED = "Rows were not tuned and have the same words but for what they are: this is not about where they end."
+NOT_TUNED = "Rows were not tuned and differ in their form alone: do not compare where they end."
 NUMBER = re.compile(r"(\d+)")
 UNITS = {"bits_per_byte": "bits per byte", "loss": "nats", "accuracy": "accuracy"}
 
@@ -56,28 +56,28 @@ def study_table(result: dict[str, Any]) -> str:
     for row in result["rows"]:
         finished = [run for run in row["runs"] if not run["diverged"]]
         label = ", ".join([row["label"], *(f"{short(key)} {value}" for key, value in row["at"].items())])
-        cells = [label, row["reported"] or "", _values(row["runs"], "value"), _values(row["runs"], "test")]
+        cells = [label, row["reported"] or "", values(row["runs"], "value"), values(row["runs"], "test")]
         if aimed:
             cells += [
-                f"{_reach(row['runs'], 'steps')} to {row['target']:.3g}" if row["target"] is not None else "",
-                _speed_up(row, _baseline_of(result, row)),
+                f"{reach(row['runs'], 'steps')} to {row['target']:.3g}" if row["target"] is not None else "",
+                speed_up(row, baseline_of(result, row)),
                 "" if row["step_seconds"] is None else f"{1000 * row['step_seconds']:.0f}",
-                _reach(row["runs"], "seconds", "{:.3g}"),
+                reach(row["runs"], "seconds", "{:.3g}"),
             ]
         for word, form in {"flops": "{:.2g}", "training_seconds": "{:.0f}"}.items():
             cells.append(form.format(fmean(run[word] for run in finished)) if finished else "")
         if off:
             without = [run["gates_off"].get(result["metric"]) for run in row["runs"] if run.get("gates_off")]
-            cells.append(_spread(without, "{:.3f}") if without else "")
+            cells.append(spread(without, "{:.3f}") if without else "")
             cells.append(f"{fmean(run['training_seconds'] / max(run['steps'], 1) for run in row['runs']):.2g}")
             cells.append(f"{max(run['peak_memory_bytes'] for run in row['runs']) / 1e9:.2f} GB")
         if signal:
-            cells += [text for moment in ("start", "end") for text in _spectrum(row, moment)]
+            cells += [text for moment in ("start", "end") for text in spectrum(row, moment)]
         lines.append([*cells, _chosen(row)])
     return markdown_table([*header, "tuned to"], lines)
 
 
-def _spectrum(row: dict[str, Any], moment: str) -> tuple[str, str]:
+def spectrum(row: dict[str, Any], moment: str) -> tuple[str, str]:
     """Mean squared singular value of the first seed's input-output Jacobian, and the share of them that is 0."""
     found = row["runs"][0].get("signal", {}).get(moment)
     if found is None:
@@ -98,7 +98,7 @@ def study_card(result: dict[str, Any], figures: Iterable[str]) -> str:
     commits = [f"{git['sha'][:8]}{' with changes' if git['dirty'] else ''}" for git in result["git"] if git]
     facts = {
         "command": f"`{result['command']}`",
-        "size": result["size"],
+        "size": {"cpu": "small (the default)"}.get(result["size"], result["size"]),
         "data": _data(result["data"]),
         "seeds": ", ".join(map(str, result["seeds"])),
         "device": "; ".join(result["device"]),
@@ -116,6 +116,7 @@ def study_card(result: dict[str, Any], figures: Iterable[str]) -> str:
         tuning=tuning,
         timed=TIMED if timed else "",
         begun=_begun(result.get("bases") or {}),
+        note=f"\n\n{note}" if (note := result.get("note")) else "",
         grown=GROWN if any(row.get("first") for row in result["rows"]) else "",
         item=result["item"],
         table=study_table(result),
@@ -153,105 +154,40 @@ def _begun(bases: dict[str, dict[str, Any]]) -> str:
     return BEGUN.format(bases="; ".join(said)) if bases else ""
 
 
-def studies_table(results: Iterable[dict[str, Any]]) -> str:
-    """One line a study: what the paper reports of ReZero, what was measured of it, and of the best other row."""
-    header = (
-        "paper",
-        "recipe",
-        "reported for ReZero",
-        "ReZero here",
-        "best other row",
-        "seeds, device",
-        "figure",
-    )
-    lines = []
-    for result in sorted(results, key=lambda result: result["name"]):
-        sign = 1 if METRICS[result["metric"]] else -1
-        last, rows = list(places(result).items())[-1]
-        ours = next((row for row in rows if row["row"] == result["ours"]), rows[-1])
-        others = [row for row in rows if row is not ours and any(run["value"] is not None for run in row["runs"])]
-        best = min(others, key=lambda row: sign * _mean(row), default=None)
-        page = f"model_cards/{result_name(result)}"
-        where = "".join(f", {short(key)} {value}" for key, value in last)
-        cells = [
-            f"[{result['item']}]({page}/README.md)",
-            f"[{result['name']}](scripts/recipes/{result['name']}.yaml)",
-            ours["reported"] or "",
-            f"{_headline(result, ours)} ({ours['label']}{where})",
-            "" if best is None else f"{_headline(result, best)} ({best['label']})",
-            ", ".join(
-                [
-                    *(["full size"] if result["size"] == "full" else []),
-                    f"{len(result['seeds'])} seed{'s' if len(result['seeds']) > 1 else ''}",
-                    "; ".join(result["device"]),
-                    *_lossy(result["data"]),
-                ]
-            ),
-            f"[{_main_figure(result)}]({page}/figures/{_main_figure(result)}.png)",
-        ]
-        lines.append(cells)
-    return markdown_table(header, lines) or ""
-
-
 def _data(data: dict[str, Any]) -> str:
     """What was trained and measured on, in a few words."""
     if "sources" in data:
         return ", ".join(source["source"] for source in data["sources"])
     origin = {"files": ", from files on the machine", "hub": ""}.get(data["origin"]["kind"], "")
-    return "; ".join([f"{data['source']}{origin}", *_lossy(data)])
+    return "; ".join([f"{data['source']}{origin}", *lossy(data)])
 
 
-def _lossy(data: dict[str, Any]) -> list[str]:
+def lossy(data: dict[str, Any]) -> list[str]:
     """A remark where images had lost detail before they were read: accuracy is a little below that on the originals."""
-    return ["images stored as JPEG"] if "JPEG" in data.get("formats", ()) else []
+    return ["from JPEG copies"] if "JPEG" in data.get("formats", ()) else []
 
 
-def _main_figure(result: dict[str, Any]) -> str:
-    """Of the pictures that `study_figures.draw` makes, the one that shows the study's claim."""
-    if "signal" in result["rows"][0]["runs"][0]:
-        return "spectra_start"
-    return "depths" if result["rows"][0]["at"] else "curves"
-
-
-def _headline(result: dict[str, Any], row: dict[str, Any]) -> str:
-    """What a study's line says of a row: signals where it is about them, else where it ends and how soon."""
-    if "signal" in row["runs"][0]:
-        return ", ".join(f"chi {_spectrum(row, moment)[0]} at the {moment}" for moment in ("start", "end"))
-    return f"{_values(row['runs'], 'value')} {UNITS[result['metric']]}{_reached(result, row)}"
-
-
-def _mean(row: dict[str, Any]) -> float:
-    return fmean(run["value"] for run in row["runs"] if run["value"] is not None)
-
-
-def _reached(result: dict[str, Any], row: dict[str, Any]) -> str:
-    if row["target"] is None:
-        return ""
-    ratio = _speed_up(row, _baseline_of(result, row))
-    return f"; {_reach(row['runs'], 'steps')} steps to {row['target']:.3g}" + (f", {ratio}" if ratio else "")
-
-
-def _baseline_of(result: dict[str, Any], row: dict[str, Any]) -> dict[str, Any] | None:
+def baseline_of(result: dict[str, Any], row: dict[str, Any]) -> dict[str, Any] | None:
     """The row that this one's speed-up is against: the baseline at the same value of `across`."""
     return next((base for base in places(result)[place_of(row)] if base["row"] == result["baseline"]), None)
 
 
-def _values(runs: list[dict[str, Any]], word: str) -> str:
+def values(runs: list[dict[str, Any]], word: str) -> str:
     """Mean and spread of the runs that did not diverge, and how many did."""
-    values = [run[word] for run in runs if run[word] is not None]
+    found = [run[word] for run in runs if run[word] is not None]
     lost = sum(run["diverged"] is not None for run in runs)
-    if not values:
+    if not found:
         return "diverged" if lost else ""
-    return _spread(values, "{:.3f}") + (f" ({lost} of {len(runs)} diverged)" if lost else "")
+    return spread(found, "{:.3f}") + (f" ({lost} of {len(runs)} diverged)" if lost else "")
 
 
-def _reach(runs: list[dict[str, Any]], word: str, form: str = "{:.0f}") -> str:
+def reach(runs: list[dict[str, Any]], word: str, form: str = "{:.0f}") -> str:
     found = [run["to_target"] for run in runs if run["to_target"] is not None]
     if not found:
         return "never"
     within = "≤ " if _within(runs) else ""
     share = f" ({len(found)} of {len(runs)})" if len(found) < len(runs) else ""
-    return within + _spread([reached[word] for reached in found], form) + share
+    return within + spread([reached[word] for reached in found], form) + share
 
 
 def _within(runs: list[dict[str, Any]]) -> bool:
@@ -259,7 +195,7 @@ def _within(runs: list[dict[str, Any]]) -> bool:
     return any(run["to_target"] is not None and "within" in run["to_target"] for run in runs)
 
 
-def _speed_up(row: dict[str, Any], base: dict[str, Any] | None) -> str:
+def speed_up(row: dict[str, Any], base: dict[str, Any] | None) -> str:
     """How many times fewer steps than the baseline, by means over seeds; only if all runs of both arrive, and not where
     the baseline did before it was first measured.
     """
@@ -279,6 +215,6 @@ def _chosen(row: dict[str, Any]) -> str:
     return ", ".join(words)
 
 
-def _spread(values: list[float], form: str) -> str:
+def spread(values: list[float], form: str) -> str:
     mean = form.format(fmean(values))
     return f"{mean} ± {form.format(stdev(values))}" if len(values) > 1 else mean

@@ -43,8 +43,8 @@ def main(
     ] = None,
     window: Annotated[int | None, typer.Option(min=2, help="tokens seen at once [the recipe's block size]")] = None,
     stride: Annotated[int | None, typer.Option(min=1, help="tokens from block to block [the window]")] = None,
-    batch_size: Annotated[int, typer.Option("--batch_size", min=1, help="blocks or images at once")] = 8,
-    cache_dir: Annotated[str | None, typer.Option("--cache_dir", help="where prepared data live")] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="blocks or images at once")] = 8,
+    cache_dir: Annotated[str | None, typer.Option("--cache-dir", help="where prepared data live")] = None,
     output: Annotated[Path | None, typer.Option(help="where the record goes too, as JSON")] = None,
 ) -> None:
     # Measuring takes long, so whether its result has a place comes first.

@@ -50,16 +50,16 @@ def main(
     data: Annotated[str, typer.Argument(help="rows: a file, a folder, hub:ORG/NAME, stdlib-functions, digits")],
     overrides: Annotated[list[str] | None, typer.Argument(help="training.KEY=value")] = None,
     task: Annotated[Name, typer.Option(help="what to learn")] = Name["sequence-classification"],
-    text_column: Annotated[str | None, typer.Option("--text_column", help="[text, or tokens for tags]")] = None,
-    label_column: Annotated[str | None, typer.Option("--label_column", help="[label, or tags]")] = None,
-    config_name: Annotated[str | None, typer.Option("--config_name", help="of hub: data, where it has several")] = None,
+    text_column: Annotated[str | None, typer.Option("--text-column", help="[text, or tokens for tags]")] = None,
+    label_column: Annotated[str | None, typer.Option("--label-column", help="[label, or tags]")] = None,
+    config_name: Annotated[str | None, typer.Option("--config-name", help="of hub: data, where it has several")] = None,
     revision: Annotated[str | None, typer.Option(help="branch, tag or commit of hub: data")] = None,
-    block_size: Annotated[int, typer.Option("--block_size", min=2, help="tokens of a row at most")] = 256,
+    block_size: Annotated[int, typer.Option("--block-size", min=2, help="tokens of a row at most")] = 256,
     lora: Annotated[int | None, typer.Option(min=1, help="train adapters of this rank and the head alone")] = None,
     gates: Annotated[Gates | None, typer.Option(help="the residual gates [trained; held with --lora]")] = None,
     from_scratch: Annotated[bool, typer.Option("--from-scratch", help="MODEL's configuration, random weights")] = False,
     output: Annotated[Path, typer.Option(help="the run's folder, new")] = Path("runs/finetuned"),
-    cache_dir: Annotated[str | None, typer.Option("--cache_dir", help="where prepared data live")] = None,
+    cache_dir: Annotated[str | None, typer.Option("--cache-dir", help="where prepared data live")] = None,
 ) -> None:
     check_launch()
     rate = {} if lora is None else {"learning_rate": LORA_RATE}

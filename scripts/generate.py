@@ -29,15 +29,15 @@ def main(
     *,
     model: Annotated[str, typer.Argument(help="a folder, or ORG/NAME[@REVISION] on the Hub")],
     prompt: Annotated[str | None, typer.Argument(help="how the text begins; - or nothing reads what is piped")] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max_new_tokens", min=1, help="write at most so many")] = 200,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="write at most so many")] = 200,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token every time")] = 0.8,
-    top_p: Annotated[float, typer.Option("--top_p", help="draw from the most likely tokens of this share")] = 1.0,
+    top_p: Annotated[float, typer.Option("--top-p", help="draw from the most likely tokens of this share")] = 1.0,
     seed: Annotated[int | None, typer.Option(min=0, help="the same seed, the same text")] = None,
 ) -> None:
     if not 0 <= temperature < float("inf"):
         raise UserError(f"--temperature {temperature}: must be a finite number, 0 or more.")
     if not 0 < top_p <= 1:
-        raise UserError(f"--top_p {top_p}: must be above 0 and at most 1.")
+        raise UserError(f"--top-p {top_p}: must be above 0 and at most 1.")
     piped = prompt == "-" or (prompt is None and not sys.stdin.isatty())
     try:
         prompt = (sys.stdin.buffer.read() if piped else os.fsencode(prompt or "")).decode()

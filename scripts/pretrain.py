@@ -2,7 +2,7 @@
 
 accelerate launch --quiet scripts/pretrain.py scripts/recipes/quickstart.yaml [training.seed=1 ...]
 
-A run that was interrupted goes on with the same command. --dry_run says what a run needs, and trains nothing.
+A run that was interrupted goes on with the same command. --dry-run says what a run needs, and trains nothing.
 """
 
 import json
@@ -46,13 +46,13 @@ def main(
     resume_from: Annotated[
         str | None, typer.Option(help="in an empty run folder: checkpoint folder, or ORG/NAME[@REVISION] on the Hub")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry_run", help="say what the run needs; train nothing")] = False,
-    mfu: Annotated[float, typer.Option(help="with --dry_run: model FLOPs utilisation to expect")] = 0.4,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what the run needs; train nothing")] = False,
+    mfu: Annotated[float, typer.Option(help="with --dry-run: model FLOPs utilisation to expect")] = 0.4,
     devices: Annotated[
-        int | None, typer.Option(help="with --dry_run: number of devices, instead of this launch's")
+        int | None, typer.Option(help="with --dry-run: number of devices, instead of this launch's")
     ] = None,
-    shards: Annotated[int, typer.Option(help="with --dry_run: devices that share the weights under FSDP")] = 1,
-    device: Annotated[str | None, typer.Option(help="with --dry_run: cpu or cuda, instead of what is here")] = None,
+    shards: Annotated[int, typer.Option(help="with --dry-run: devices that share the weights under FSDP")] = 1,
+    device: Annotated[str | None, typer.Option(help="with --dry-run: cpu or cuda, instead of what is here")] = None,
 ):
     started = time.perf_counter()
     check_launch()

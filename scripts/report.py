@@ -17,13 +17,14 @@ from rezero_hf.results import (
     collect_result,
     committed,
     integrations_section,
-    measured_line,
+    measured,
     splice,
     table,
-    with_measured_line,
+    with_measured,
 )
+from rezero_hf.study_overview import studies_section, study_measured
 from rezero_hf.study_results import result_name
-from rezero_hf.study_tables import studies_table, study_card
+from rezero_hf.study_tables import study_card
 
 
 CARDS = Path("model_cards")
@@ -61,13 +62,16 @@ def main(
         card = CARDS / result_name(result)
         figures = [path.name for path in (card / "figures").glob("*.png")]
         (card / "README.md").write_text(study_card(result, figures), encoding="utf-8")
-    for name in {record["name"] for record in records}:
-        recipe = Path("scripts/recipes") / f"{name}.yaml"
-        text = with_measured_line(recipe.read_text(encoding="utf-8"), measured_line(records, name))
-        recipe.write_text(text, encoding="utf-8")
+    recipes = {path.stem: path for path in Path("scripts/recipes").glob("*.yaml")}
+    texts = {name: path.read_text(encoding="utf-8") for name, path in recipes.items()}
+    for name, text in texts.items():
+        said = [study_measured(result) for result in studies if result["name"] == name]
+        said += [measured(records, name)] if any(record["name"] == name for record in records) else []
+        recipes[name].write_text(with_measured(text, said), encoding="utf-8")
     readme = Path("README.md")
     text = splice(readme.read_text(encoding="utf-8"), table(records))
-    text = splice(text, studies_table(studies), "studies")
+    section = studies_section(studies, [name for name, text in texts.items() if "\nstudy:" in text])
+    text = splice(text, section, "studies")
     text = splice(text, benchmark_section(benchmarks), "benchmark")
     readme.write_text(splice(text, integrations_section(integrations), "integrations"), encoding="utf-8")
 

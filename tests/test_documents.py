@@ -29,7 +29,7 @@ SNIPPETS = {
     for name, text in DOCUMENTS.items()
     for found in re.finditer(r"```python\n(.*?)```", text, re.DOTALL)
 }
-TREE = re.search(r"## What is where\n\n```\n(.*?)```", DOCUMENTS["README.md"], re.DOTALL)[1]
+TREE = re.search(r"## What is where\n\n```\n(.*?)```", DOCUMENTS["CONTRIBUTING.md"], re.DOTALL)[1]
 
 every_document = pytest.mark.parametrize("name", DOCUMENTS)
 

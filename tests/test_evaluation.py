@@ -170,7 +170,7 @@ def evaluate(monkeypatch, capsys, tmp_path):
 
     def run(*arguments):
         monkeypatch.setattr(
-            sys, "argv", ["evaluate_model.py", *map(str, arguments), "--cache_dir", str(tmp_path / "c")]
+            sys, "argv", ["evaluate_model.py", *map(str, arguments), "--cache-dir", str(tmp_path / "c")]
         )
         with pytest.raises(SystemExit) as exit:
             runpy.run_path("scripts/evaluate_model.py", run_name="__main__")

@@ -76,7 +76,7 @@ def finetune(place, tmp_path, monkeypatch):
     def run(model, data, *words):
         data = str(place / data) if (place / data).exists() else data
         argv = [place / model if (place / model).exists() else model, data, *words, *SMALL]
-        argv += ["--output", tmp_path / "run", "--cache_dir", place / "cache", "--block_size", 32]
+        argv += ["--output", tmp_path / "run", "--cache-dir", place / "cache", "--block-size", 32]
         monkeypatch.setattr(sys, "argv", ["finetune.py", *map(str, argv)])
         try:
             runpy.run_path(str(SCRIPT), run_name="__main__")
@@ -96,7 +96,7 @@ def state(folder, auto):
     ("task", "model", "data", "words", "classes", "measured"),
     [
         ("causal-lm", "text", "notes.txt", (), None, "bits_per_byte"),
-        ("causal-lm", "text", "docs.jsonl", ("--text_column", "body"), None, "bits_per_byte"),
+        ("causal-lm", "text", "docs.jsonl", ("--text-column", "body"), None, "bits_per_byte"),
         ("sequence-classification", "text", "rows.csv", (), ["bad", "good"], "accuracy"),
         ("token-classification", "text", "tags.parquet", (), ["key", "name", "sign"], "accuracy"),
         ("image-classification", "images", "digits", (), [str(digit) for digit in range(10)], "accuracy"),
@@ -236,23 +236,23 @@ def test_from_scratch_is_the_same_network_with_other_weights(finetune, place):
     [
         (("nowhere", "rows.csv"), "nowhere: there is no such folder"),
         (("text", "nowhere.csv"), "nowhere.csv: there is no such file or folder"),
-        (("text", "rows.csv", "--text_column", "txt"), "has no column 'txt' in train, only text, label: choose another text_column"),
-        (("text", "rows.csv", "--label_column", "class"), "has no column 'class' in train, only text, label"),
+        (("text", "rows.csv", "--text-column", "txt"), "has no column 'txt' in train, only text, label: choose another text_column"),
+        (("text", "rows.csv", "--label-column", "class"), "has no column 'class' in train, only text, label"),
         (("text", "gaps.csv"), "gaps.csv: train, row 1: label is missing"),
         (("text", "empty.csv"), "empty.csv: train, row 1: text is None, not text"),
         (("text", "one.csv"), "one.csv has no two classes, only x: choose another label_column"),
         (("text", "rows.csv", "--revision", "main"), "config_name and revision are of hub: data"),
-        (("text", STDLIB, "--text_column", "body"), "stdlib-functions has none: leave them out"),
+        (("text", STDLIB, "--text-column", "body"), "stdlib-functions has none: leave them out"),
         (("text", "two.csv"), "two.csv has no rows for train: add some"),
-        (("text", "tags.parquet", "--text_column", "tokens", "--label_column", "tags"), "sequence-classification needs strings in"),
-        (("text", "rows.csv", "--task", "token-classification", "--text_column", "text", "--label_column", "label"), "needs lists of words in"),
+        (("text", "tags.parquet", "--text-column", "tokens", "--label-column", "tags"), "sequence-classification needs strings in"),
+        (("text", "rows.csv", "--task", "token-classification", "--text-column", "text", "--label-column", "label"), "needs lists of words in"),
         (("text", "digits", "--task", "image-classification"), "holds a model that reads text, and --task image-classification is about images"),
         (("images", "rows.csv"), "holds a model that reads images, and --task sequence-classification is about text"),
         (("images", "digits", "--task", "image-classification", "--lora", "2"), "--lora is for language models"),
         (("no-tokenizer", "rows.csv"), "holds no tokenizer"),
         (("classifier", "notes.txt", "--task", "causal-lm"), "its weights are not those of a ReZeroForCausalLM: lm_head.weight is missing"),
-        (("text", "notes.txt", "--task", "causal-lm", "--label_column", "label"), "--label_column is for classes"),
-        (("learned", "rows.csv"), "--block_size 32: "),
+        (("text", "notes.txt", "--task", "causal-lm", "--label-column", "label"), "--label-column is for classes"),
+        (("learned", "rows.csv"), "--block-size 32: "),
         (("small", "rows.csv"), "its tokenizer has 259 tokens and its model 200"),
         (("no-pad", "rows.csv"), "its tokenizer has no pad_token"),
         (("plain", "rows.csv", "--lora", "2", "--gates", "trained"), "residual='plain' has no gates"),

@@ -65,11 +65,11 @@ def test_text_comes_whole_and_alone(singer, generate):
     assert len(set(SONG.encode())) == len(SONG.encode())
     assert generate(singer, "é", "--temperature", 0)[:2] == (0, SONG + "\n")
     assert generate(singer, piped="é".encode())[:2] == (0, SONG + "\n")
-    assert generate(singer, "-", "--seed", 1, "--top_p", 0.9, piped="é日".encode())[:2] == (0, SONG + "\n")
+    assert generate(singer, "-", "--seed", 1, "--top-p", 0.9, piped="é日".encode())[:2] == (0, SONG + "\n")
     status, said, error = generate(singer, "")
     assert (status, said) == (0, SONG + "\n")
     assert "no prompt: it begins a text of its own, after <|endoftext|>" in error
-    assert generate(singer, "é", "--max_new_tokens", 4)[1] == "é日 \n"
+    assert generate(singer, "é", "--max-new-tokens", 4)[1] == "é日 \n"
 
 
 def test_text_arrives_while_it_is_made(singer, generate, monkeypatch, capsys):
@@ -96,9 +96,9 @@ def test_what_is_drawn(tiny_model, tokenizer, tmp_path, generate):
     likely = tokenizer.decode(ids[0], **words) + "\n"
 
     def text(*options):
-        return generate(tmp_path, "a", "--max_new_tokens", 12, *options)[1]
+        return generate(tmp_path, "a", "--max-new-tokens", 12, *options)[1]
 
-    assert text("--temperature", 0) == text("--seed", 1, "--top_p", 1e-6) == likely
+    assert text("--temperature", 0) == text("--seed", 1, "--top-p", 1e-6) == likely
     assert text("--seed", 1) == text("--seed", 1) not in (likely, text("--seed", 2))
 
 
@@ -142,7 +142,7 @@ def test_a_users_mistake_is_one_line(singer, tmp_path, tiny_model, generate):
         ((tmp_path / "masked", "a"), "masked holds ReZeroForMaskedLM, which is neither"),
         ((tmp_path / "mlp", "a"), "mlp holds ReZeroMLPForImageClassification, which reads images"),
         ((singer, "a", "--temperature", -1), "--temperature -1.0: must be a finite number, 0 or more"),
-        ((singer, "a", "--top_p", 0), "--top_p 0.0: must be above 0 and at most 1"),
+        ((singer, "a", "--top-p", 0), "--top-p 0.0: must be above 0 and at most 1"),
     ]:
         status, said, error = generate(*words)
         lines = [line for line in error.splitlines() if line.startswith("error: ")]

@@ -117,7 +117,7 @@ def test_memory_goes_where_it_should(tiny_config, arguments):
     assert plan.checkpointed.peak < plan.plain.peak
     alone = make_plan(config, arguments(activation_checkpointing=True), TOKENS, 1, compare=False)
     assert alone.memory == plan.memory and alone.plain is None
-    assert "--dry_run says how much without it" in describe(alone) and "--dry_run" not in describe(plan)
+    assert "--dry-run says how much without it" in describe(alone) and "--dry-run" not in describe(plan)
     ddp = make_plan(config, arguments(), TOKENS, 1, world_size=4)
     assert ddp.plain.peak == plan.plain.peak + ddp.plain.buckets and ddp.plain.buckets == plan.plain.gradients
     fsdp = make_plan(config, arguments(), TOKENS, 1, world_size=4, shards=4)

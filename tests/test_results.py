@@ -14,17 +14,19 @@ from rezero_hf.results import (
     committed,
     integrations_section,
     integrations_table,
-    measured_line,
+    measured,
     splice,
     table,
-    with_measured_line,
+    with_measured,
 )
+from rezero_hf.study_overview import studies_section, study_measured
 from rezero_hf.study_plan import load_study
 from rezero_hf.study_results import result_name
-from rezero_hf.study_tables import studies_table, study_card
+from rezero_hf.study_tables import study_card
 
 
 ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "scripts" / "recipes").glob("*.yaml"))
 RECORD = {
     "name": "demo",
     "seed": 3,
@@ -93,7 +95,8 @@ def test_the_readmes_tables_are_made_from_the_committed_records():
     assert records
     readme = (ROOT / "README.md").read_text()
     assert splice(readme, table(records)) == readme
-    assert splice(readme, studies_table(studies), "studies") == readme
+    recipes = [path.stem for path in RECIPES if "\nstudy:" in path.read_text()]
+    assert splice(readme, studies_section(studies, recipes), "studies") == readme
     assert splice(readme, benchmark_section(benchmarks), "benchmark") == readme
     assert splice(readme, integrations_section(integrations), "integrations") == readme
 
@@ -141,13 +144,19 @@ def test_a_study_or_benchmark_that_is_no_result_is_refused(tmp_path):
 
 
 def test_a_recipes_header_says_what_its_committed_runs_reached():
-    """Regenerated from the records, the header does not change."""
-    records = committed(ROOT / "model_cards" / "results").runs
-    for name in {record["name"] for record in records}:
-        recipe = (ROOT / "scripts" / "recipes" / f"{name}.yaml").read_text()
-        assert with_measured_line(recipe, measured_line(records, name)) == recipe
-    with pytest.raises(UserError, match="exactly one line"):
-        with_measured_line("model: {}", "# Measured  1")
+    """Regenerated from the records, no header changes; what was not run says nothing."""
+    records, studies, *_ = committed(ROOT / "model_cards" / "results")
+    for path in RECIPES:
+        said = [study_measured(result) for result in studies if result["name"] == path.stem]
+        said += [measured(records, path.stem)] if any(record["name"] == path.stem for record in records) else []
+        assert with_measured(path.read_text(), said) == path.read_text()
+    recipe = "# Claim     it works\n# Cost      much,\n#           and more\n#\n# Why.\nmodel: {}\n"
+    once = with_measured(recipe, ["1.5 " * 40])
+    assert once.startswith("# Claim     it works\n# Cost      much,\n#           and more\n# Measured  1.5 1.5")
+    assert once.endswith("1.5\n#           1.5 1.5 1.5 1.5 1.5 1.5 1.5 1.5 1.5 1.5 1.5 1.5 1.5\n#\n# Why.\nmodel: {}\n")
+    assert with_measured(once, []) == recipe
+    with pytest.raises(UserError, match="needs a header"):
+        with_measured("model: {}", ["1"])
 
 
 def test_every_committed_card_shows_pictures_that_are_there():

@@ -215,7 +215,7 @@ def test_the_script_checks_the_beginning_before_the_run(checkpoint, tmp_path, te
         assert exit.value.code == 2
         return capsys.readouterr().err.splitlines()[-1]
 
-    assert "error: init_from.path=nowhere/x: no language model" in said("--dry_run", "init_from.path=nowhere/x")
+    assert "error: init_from.path=nowhere/x: no language model" in said("--dry-run", "init_from.path=nowhere/x")
     monkeypatch.setattr(run_folder, "is_interrupted", lambda path: True)
     assert "run: the run there ended meanwhile; the same command again begins another" in said()
 

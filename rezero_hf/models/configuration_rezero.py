@@ -51,8 +51,9 @@ class ReZeroConfig(PreTrainedConfig):
         norm_eps (`float`, default 1e-5): added to the variance; torch's and GPT-2's value.
         final_norm (`bool`, default False): a norm between the last layer and the head. The paper has none. GPT-2 and
             Llama do: switch it on for a pre-norm baseline.
-        qk_norm (`bool`, default False): RMSNorm on each head's queries and keys. On a 12-layer byte-level model it
-            cost a norm-free net 0.03 bits per byte (2.16 against 2.13 after 1500 steps, one seed).
+        qk_norm (`bool`, default False): RMSNorm on each head's queries and keys. On 12-layer byte-level models it cost
+            a norm-free net with the paper's start 0.03 bits per byte (1500 steps, one seed), and gained one with F from
+            0 and alpha held 0.028 (500 steps, one seed: model_cards/LOG.md, section 14).
 
     Scale. Nothing renormalises the stream, so these set the scale of everything:
         embedding_std (`float`, default 1): standard deviation of the token embeddings as they enter layer 0. Unit
@@ -272,8 +273,9 @@ class ReZeroConfig(PreTrainedConfig):
         """The norm-free form that held against tuned pre-norm: bounded branch inputs, F from 0, alpha held open.
 
         `x + alpha * F(2 tanh(x / 2))` with output matrices that start at 0, so a new network is the identity though
-        alpha is not 0: 0.5 at 12 layers and 0.0625 at 48, the two depths that were measured, and on the power law
-        through both elsewhere. Train it with `training.gate_lr_multiplier: 0.0` (gates held) or 0.1, and Muon.
+        alpha is not 0: 0.5 at 12 layers and 0.0625 at 48, the two depths that were measured, on the power law through
+        both elsewhere, and never above 0.5. Train it with `training.gate_lr_multiplier: 0.0` (gates held) or 0.1, and
+        Muon.
 
         At 12 layers, width 96 and 500 steps on bytes it ends at 1.922 +- 0.005 bits per byte, pre-norm with RMSNorm at
         1.938 +- 0.004, with LayerNorm at 1.943 +- 0.006, the paper's form at 2.003 +- 0.013 (three seeds, every row at
@@ -287,7 +289,7 @@ class ReZeroConfig(PreTrainedConfig):
         words = {
             "num_hidden_layers": num_hidden_layers,
             "residual": "rezero_tanh",
-            "gate_init": 0.5 * (12 / max(num_hidden_layers, 1)) ** 1.5,
+            "gate_init": 0.5 * min(1.0, 12 / max(num_hidden_layers, 1)) ** 1.5,
             "output_init_scale": 0.0,
         }
         return cls(**{**words, **kwargs})

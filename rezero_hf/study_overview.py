@@ -1,0 +1,140 @@
+"""All studies at a glance: a line each for the README, and what a recipe's header says was measured."""
+
+import math
+from collections.abc import Collection, Iterable
+from statistics import fmean
+from typing import Any
+
+import yaml
+
+from .markdown import join
+from .markdown import table as markdown_table
+from .study_plan import METRICS, short
+from .study_results import places, result_name
+from .study_tables import UNITS, baseline_of, lossy, reach, spectrum, speed_up, spread, values
+
+
+OF_THE_PAPER = ("paper", "recipe", "reported for ReZero", "ReZero here", "best other row", "seeds, device", "figure")
+BEYOND = ("question", "recipe", "what it is about", "the paper's ReZero", "best other row", "seeds, device", "figure")
+SIGNALS = (
+    "chi is the mean squared singular value of the input-output Jacobian: 1 where signals pass unchanged. The other "
+    "row is the one whose chi is nearest to 1 at the start."
+)
+
+
+def studies_section(results: Iterable[dict[str, Any]], recipes: Collection[str]) -> str:
+    """What the README shows of all studies: those of the paper, those of questions of our own, those without a result.
+
+    Args:
+        results: of all sizes.
+        recipes: names of all studies there are.
+    """
+    results = sorted(results, key=lambda result: result["name"])
+    paper = [result for result in results if any(row["reported"] for row in result["rows"])]
+    beyond = [result for result in results if result not in paper]
+    missing = sorted({*recipes} - {result["name"] for result in results})
+    parts = [markdown_table(OF_THE_PAPER, [_line(result) for result in paper])]
+    parts += [SIGNALS] if any(_about_signals(result) for result in paper) else []
+    if beyond:
+        parts += ["Beyond the paper:", markdown_table(BEYOND, [_line(result) for result in beyond])]
+    if missing:
+        parts.append(f"Without a result so far: {join([f'`{name}`' for name in missing])}.")
+    return "\n\n".join(part for part in parts if part)
+
+
+def study_measured(result: dict[str, Any]) -> str:
+    """What a recipe's header says of a result."""
+    ours, best, _ = _compared(result)
+    said = [f"{_headline(result, row)} ({row['label']}{_where(result)})" for row in (ours, best) if row is not None]
+    return ("full size: " if result["size"] == "full" else "") + "; ".join(said)
+
+
+def _line(result: dict[str, Any]) -> list[str]:
+    ours, best, as_in_paper = _compared(result)
+    page, figure = f"model_cards/{result_name(result)}", _main_figure(result)
+    reported = any(row["reported"] for row in result["rows"])
+    our_headline = f"{_headline(result, ours)} ({ours['label']}{_where(result)})"
+    theirs = "" if as_in_paper is None else _headline(result, as_in_paper)
+    seeds = len(result["seeds"])
+    return [
+        f"[{result['item']}]({page}/README.md)",
+        f"[{result['name']}](scripts/recipes/{result['name']}.yaml)",
+        *([ours["reported"] or "", our_headline] if reported else [our_headline, theirs]),
+        "" if best is None else f"{_headline(result, best)} ({best['label']})",
+        ", ".join(
+            [
+                *(["full size"] if result["size"] == "full" else []),
+                f"{seeds} seed{'s' if seeds > 1 else ''}",
+                "; ".join(result["device"]),
+                *lossy(result["data"]),
+            ]
+        ),
+        f"[{figure}]({page}/figures/{figure}.png)",
+    ]
+
+
+def _compared(result: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None, dict[str, Any] | None]:
+    """At the last value of `across`: the row that a study is about, the best other one, and the paper's form of it."""
+    rows = list(places(result).values())[-1]
+    ours = next((row for row in rows if row["row"] == result["ours"]), rows[-1])
+    as_in_paper = next((row for row in rows if row is not ours and row["row"] == "rezero"), None)
+    others = [row for row in rows if row is not ours and any(run["value"] is not None for run in row["runs"])]
+
+    def rank(row: dict[str, Any]) -> float:
+        if _about_signals(result):
+            chi = row["runs"][0]["signal"]["start"]["jacobian"]["chi"]
+            return abs(math.log(chi)) if chi else math.inf
+        mean = fmean(run["value"] for run in row["runs"] if run["value"] is not None)
+        return mean if METRICS[result["metric"]] else -mean
+
+    return ours, min(others, key=rank, default=None), as_in_paper
+
+
+def _where(result: dict[str, Any]) -> str:
+    last = list(places(result))[-1]
+    return "".join(f", {short(key)} {value}" for key, value in last)
+
+
+def _about_signals(result: dict[str, Any]) -> bool:
+    return "signal" in result["rows"][0]["runs"][0]
+
+
+def _main_figure(result: dict[str, Any]) -> str:
+    """Of the pictures that `study_figures.draw` makes, the one that shows the study's claim."""
+    if _about_signals(result):
+        return "spectra_start"
+    return "depths" if result["rows"][0]["at"] else "curves"
+
+
+def _headline(result: dict[str, Any], row: dict[str, Any]) -> str:
+    """What a study's line says of a row: signals where it is about them, else where it ends and how soon."""
+    if _about_signals(result):
+        return ", ".join(f"chi {spectrum(row, moment)[0]} at the {moment}" for moment in ("start", "end"))
+    if result["metric"] != "accuracy":
+        return f"{values(row['runs'], 'value')} {UNITS[result['metric']]}{_reached(result, row)}"
+    # As papers on images have it.
+    found = [100 * (1 - run["value"]) for run in row["runs"] if run["value"] is not None]
+    end = f"error {spread(found, '{:.1f}')} %" if found else values(row["runs"], "value")
+    return f"{end}{_reached(result, row)}"
+
+
+def _reached(result: dict[str, Any], row: dict[str, Any]) -> str:
+    """When a row has the target: in epochs where the recipe counts these, else in steps."""
+    if row["target"] is None:
+        return ""
+    of_images = result["metric"] == "accuracy"
+    target = f"{100 * (1 - row['target']):.3g} %" if of_images else f"{row['target']:.3g}"
+    if all(run["to_target"] is None for run in row["runs"]):
+        return f"; never {target}"
+    epochs = yaml.safe_load(result["recipe"])["training"].get("num_train_epochs")
+    runs, form, unit = row["runs"], "{:.0f}", "steps"
+    if epochs and of_images:
+        runs, form, unit = [_in_epochs(run, epochs) for run in runs], "{:.1f}", "epochs"
+    seconds = f" and {reach(runs, 'seconds', '{:.3g}')} s" if row["step_seconds"] else ""
+    ratio = speed_up(row, baseline_of(result, row))
+    return f"; {target} after {reach(runs, 'steps', form)} {unit}{seconds}" + (f", {ratio}" if ratio else "")
+
+
+def _in_epochs(run: dict[str, Any], epochs: float) -> dict[str, Any]:
+    reached = run["to_target"]
+    return {**run, "to_target": reached and {**reached, "steps": reached["steps"] * epochs / run["steps"]}}
