@@ -145,6 +145,8 @@ class ReZeroTrainingArguments(TrainingArguments):
             raise UserError(f"nonfinite={self.nonfinite!r} is unknown; one of stop, skip.")
         if self.max_skipped_steps < 0:
             raise UserError(f"max_skipped_steps={self.max_skipped_steps}: must be 0 or more.")
+        if self.optim != TrainingArguments.optim or self.optim_args:
+            raise UserError(f"optim={self.optim}: this trainer builds its own; choose with optimizer, one word.")
         check_optimizer(self.optimizer)
 
 

@@ -25,6 +25,8 @@ from .errors import UserError
 from .models.residual import Residual
 
 
+# What the models of this package take beside their inputs to give a loss.
+LABELS = frozenset({"labels", "shift_labels", "start_positions", "end_positions"})
 # Far above what fp64 rounds to beside a singular value of order one, far below any signal that could be learned from.
 ZERO = 1e-8
 BINS_PER_DECADE, DECADES = 10, 16
@@ -74,7 +76,8 @@ def signal_norms(
     for layer in layers:
         layer.register_forward_hook(lambda _layer, _args, x: streams.append(x))
         layer.residual_norm.register_forward_hook(join, with_kwargs=True)
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+    # Without a loss there is nothing to keep activations for.
+    with torch.set_grad_enabled(not LABELS.isdisjoint(inputs)), sdpa_kernel(SDPBackend.MATH):
         loss = getattr(copied(**inputs), "loss", None)
         gradients = None if loss is None else torch.autograd.grad(loss, streams)
     return {

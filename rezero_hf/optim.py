@@ -5,7 +5,7 @@ embedding rows, whose scale nothing downstream repairs), which may not; and gate
 learning rate.
 """
 
-from collections.abc import Iterable
+import re
 from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -18,6 +18,7 @@ from .errors import UserError
 OptimizerName = Literal["adamw", "adagrad", "sgd", "lamb", "muon"]
 # What pytorch-optimizer has and torch has not.
 FROM_ELSEWHERE = ("lamb", "muon")
+IN_A_LAYER = re.compile(r"(^|\.)layers\.\d+\.")
 
 
 class NamedState(NamedTuple):
@@ -126,8 +127,8 @@ def make_optimizer(
 
     if optimizer == "lamb":
         return Lamb(groups, lr=lr, betas=betas, eps=eps)
-    head = {id(parameter) for parameter in _head_parameters(model)}
-    return Muon(_muon_groups(groups, head, lr * matrix_lr_multiplier, betas, eps), lr=lr, use_adjusted_lr=True)
+    groups = _muon_groups(groups, _outside_layers(model), lr * matrix_lr_multiplier, betas, eps)
+    return Muon(groups, lr=lr, use_adjusted_lr=True)
 
 
 def state_by_name(saved: dict[str, Any], model: nn.Module, optimizer: OptimizerName) -> NamedState:
@@ -184,20 +185,23 @@ def put_state(optimizer: torch.optim.Optimizer, model: nn.Module, state: NamedSt
     optimizer.load_state_dict(new)
 
 
-def _head_parameters(model: nn.Module) -> Iterable[nn.Parameter]:
-    """The output head's parameters: a matrix by shape, but its rows are a vector per word, which Muon does not suit."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return head.parameters() if head is not None else ()
+def _outside_layers(model: nn.Module) -> set[int]:
+    """Ids of the parameters of no layer `...layers.N`: heads and stems, matrices by shape, whose rows are a vector per
+    word, class or pixel, which Muon does not suit. Of a model that has no layers by that name, nothing.
+    """
+    named = list(model.named_parameters())
+    inside = {id(parameter) for name, parameter in named if IN_A_LAYER.search(name)}
+    return {id(parameter) for _, parameter in named} - inside if inside else set()
 
 
-def _muon_groups(groups, head: set[int], matrix_lr: float, betas, eps) -> list[dict[str, Any]]:
+def _muon_groups(groups, outside: set[int], matrix_lr: float, betas, eps) -> list[dict[str, Any]]:
     adam = {"use_muon": False, "betas": betas, "eps": eps}
     split = []
     for group in groups:
         if group["name"] == "matrices":
-            inner = [parameter for parameter in group["params"] if id(parameter) not in head]
+            inner = [parameter for parameter in group["params"] if id(parameter) not in outside]
             split.append({**group, "params": inner, "lr": matrix_lr, "use_muon": True})
-            outer = [parameter for parameter in group["params"] if id(parameter) in head]
+            outer = [parameter for parameter in group["params"] if id(parameter) in outside]
             split.append({**group, "name": "head", "params": outer, **adam})
         else:
             split.append({**group, **adam})

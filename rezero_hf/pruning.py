@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 from transformers import PreTrainedModel
 
-from .diagnostics import signal_norms
+from .diagnostics import LABELS, signal_norms
 from .errors import UserError
 from .models.residual import RESIDUAL_FORMS
 from .surgery import assemble, changed, check_whole, layer_of, moved
@@ -18,8 +18,6 @@ from .surgery import assemble, changed, check_whole, layer_of, moved
 Measure = Literal["update", "loss"]
 # The forms in which the stream goes on where a layer is taken away.
 WITH_SKIP = tuple(name for name, form in RESIDUAL_FORMS.items() if form.adds_to_stream)
-# What the models of this package take beside their inputs to give a loss.
-LABELS = ("labels", "shift_labels", "start_positions", "end_positions")
 
 
 @dataclass(frozen=True)

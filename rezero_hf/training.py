@@ -179,14 +179,17 @@ class ReZeroTrainer(PushingTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         if self.token_bytes is not None:
             targets = inputs["shift_labels"].to(self.args.device)
-            self._seen["tokens"] += (targets != IGNORE_INDEX).sum()
-            self._seen["bytes"] += self._bytes_of(targets).sum()
-        if isinstance(self.model, ReZeroForCausalLM):
-            inputs = {**inputs, "skip_logits": True}
-        loss = super().training_step(model, inputs, num_items_in_batch)
+            # Not in place: `_before_step` has the old ones.
+            self._seen["tokens"] = self._seen["tokens"] + (targets != IGNORE_INDEX).sum()
+            self._seen["bytes"] = self._seen["bytes"] + self._bytes_of(targets).sum()
+        loss = super().training_step(model, self.for_the_loss(inputs), num_items_in_batch)
         # A copy: a compiled step may put the next loss in the same place.
         self.step_losses.append(loss.clone())
         return loss
+
+    def for_the_loss(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """A batch as the model takes it where its logits are not looked at."""
+        return {**inputs, "skip_logits": True} if isinstance(self.model, ReZeroForCausalLM) else inputs
 
     def _get_grad_norm(self, model, grad_norm=None):
         self.step_grad_norm = super()._get_grad_norm(model, grad_norm)

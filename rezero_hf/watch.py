@@ -164,7 +164,8 @@ class StepWatch(TrainerCallback):
         """`largest_activations` of the step's batches, over all processes."""
         trainer = self._trainer
         model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-        found = largest_activations(model, [trainer._prepare_inputs(batch) for batch in trainer.step_batches])
+        batches = [trainer.for_the_loss(trainer._prepare_inputs(batch)) for batch in trainer.step_batches]
+        found = largest_activations(model, batches)
         mine = torch.tensor([list(found.values())], device=trainer.args.device)
         return dict(zip(found, trainer.accelerator.gather(mine).amax(0).tolist(), strict=True))
 

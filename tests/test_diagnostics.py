@@ -180,6 +180,15 @@ def test_norms_are_those_of_the_stream_and_its_gradient(tiny_model, ids, residua
     assert norms["alpha"] == alpha
 
 
+@pytest.mark.parametrize("labelled", [False, True])
+def test_activations_are_kept_for_a_gradient_alone(tiny_model, ids, labelled):
+    """Without labels the forward pass records nothing, so a long batch takes no training step's memory."""
+    model, kept = tiny_model(), []
+    model.model.layers[1].register_forward_hook(lambda _module, _args, x: kept.append(x.requires_grad))
+    signal_norms(model, {"input_ids": ids, **({"labels": ids} if labelled else {})})
+    assert kept == [labelled]
+
+
 def test_an_update_is_the_gated_branch_beside_the_stream():
     """RMS(alpha F(x)) / RMS(x) at every layer of a ReZero net."""
     model, inputs = small_mlp(), images(4)

@@ -99,6 +99,47 @@ def test_under_autocast_both_are_as_far_from_fp32(tiny_model, rows):
         assert on_matrix[name] < 2 * on_output[name] + 0.02, name
 
 
+def test_an_activation_in_fp32_under_autocast_trains(tiny_model, rows):
+    """As `gelu_new` is on CUDA, where autocast takes powers in fp32; the backward pass is outside of autocast."""
+    model = tiny_model().train()
+    for layer in model.model.layers:
+        layer.mlp.act_fn.register_forward_hook(lambda _module, _args, output: output.float())
+    with products_with_gates() as taken:
+        found = gradients(model, rows, enabled=True, dtype=torch.bfloat16)
+    assert taken.call_count == 2 * model.config.num_hidden_layers
+    assert all(gradient is not None and torch.isfinite(gradient).all() for gradient in found.values())
+
+
+def test_what_is_frozen_gets_no_gradient(tiny_model, rows):
+    """A frozen matrix is multiplied as it is; a held gate takes no part of the backward pass; the rest is as before."""
+    model = tiny_model().train()
+    expected = gradients(model, rows)
+    for layer in model.model.layers:
+        layer.residual_norm.alpha.requires_grad_(False)
+    with products_with_gates() as taken:
+        held = gradients(model, rows)
+    assert taken.call_count == 2 * model.config.num_hidden_layers
+    assert all(held[name] is None for name in held if name.endswith("alpha"))
+    for name in held:
+        if held[name] is not None:
+            torch.testing.assert_close(held[name], expected[name])
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.requires_grad_(False)
+        layer.mlp.down_proj.weight.requires_grad_(False)
+    with products_with_gates() as taken:
+        model(input_ids=rows)
+    assert taken.call_count == 0
+
+
+def test_hidden_states_asked_for_once_change_no_later_step(tiny_model, rows):
+    """The library's recorders stay on the modules for good; they look at nothing that the gate's place changes."""
+    model = tiny_model().train()
+    model(input_ids=rows, output_hidden_states=True)
+    with products_with_gates() as taken:
+        model(input_ids=rows)
+    assert taken.call_count == 2 * model.config.num_hidden_layers
+
+
 def adapted(model):
     return peft.get_peft_model(model, peft.LoraConfig(target_modules=["o_proj", "down_proj"]))
 

@@ -11,6 +11,8 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    Trainer,
+    TrainingArguments,
 )
 
 from rezero_hf import (
@@ -87,6 +89,25 @@ def test_masked_prediction_is_not_shifted(tiny_model, ids):
     output = model(masked, labels=labels)
     expected = nn.functional.cross_entropy(output.logits[:, 4], ids[:, 4])
     assert output.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert torch.equal(model(masked, use_cache=True).logits, output.logits)
+
+
+@pytest.mark.parametrize("head", [ReZeroForSequenceClassification, ReZeroForTokenClassification])
+def test_the_stock_trainer_accumulates_gradients(tiny_model, tmp_path, head):
+    """Four rows in one pass or in four, with labels of different lengths: the same logged loss and the same parameters."""
+    rows = [{"input_ids": [*range(5, 13)], "labels": number % 2} for number in range(4)]
+    if head is ReZeroForTokenClassification:
+        rows = [{**row, "labels": [1] * (n + 1) + [-100] * (7 - n)} for n, row in enumerate(rows)]
+    ends = []
+    for passes in (1, 4):
+        words = {"per_device_train_batch_size": 4 // passes, "gradient_accumulation_steps": passes, "max_steps": 2}
+        words |= {"logging_steps": 1, "report_to": "none", "save_strategy": "no", "use_cpu": True, "optim": "sgd"}
+        model = tiny_model(head, pad_token_id=257)
+        trainer = Trainer(model, TrainingArguments(tmp_path, learning_rate=0.1, **words), train_dataset=rows)
+        trainer.train()
+        losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+        ends.append((torch.tensor(losses), [*model.parameters()]))
+    torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])

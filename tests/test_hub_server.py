@@ -237,6 +237,13 @@ def test_a_client_killed_before_its_commit_leaves_only_the_lfs_file(hub, api, fo
     assert [commit.message for commit in hub.commits(REPO)[1:]] == ["Second attempt"]
 
 
+def test_a_save_that_pushes_takes_the_code_along(hub, tiny_model, tmp_path):
+    """`save_pretrained(push_to_hub=True)`, which uploads what the save has changed: into a new folder, and once more."""
+    for _ in range(2):
+        tiny_model().save_pretrained(tmp_path / "run", push_to_hub=True, repo_id=REPO)
+        assert {"modeling_rezero.py", "residual.py", "config.json"} <= hub.commits(REPO)[-1].files.keys()
+
+
 def test_a_model_is_pushed_and_loaded_at_a_revision(hub, tiny_model, tmp_path, ids):
     """`push_to_hub` and `from_pretrained` with a revision; in a process without the package, from the repository's code."""
     model, changed = tiny_model(), tiny_model(seed=1)

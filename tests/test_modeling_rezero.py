@@ -251,7 +251,7 @@ def test_attention_backends_agree(tiny_model, tokenizer, ids, uncompiled, kind):
             found[backend] = [
                 model(ids).logits,
                 model(rows, attention_mask=mask, position_ids=where).logits[mask.bool()],
-                model(ids, position_ids=packed, use_cache=False).logits,
+                model(ids, position_ids=packed).logits,
             ]
     for backend in ("eager", "flex_attention"):
         for slow, quick in zip(found[backend], found["sdpa"], strict=True):
@@ -290,7 +290,7 @@ def test_packed_documents_do_not_see_each_other(tiny_model, ids, kind):
     """Positions that restart mark the documents of a packed row: each gets the logits it has alone."""
     model = tiny_model(**KINDS[kind])
     where = torch.cat([torch.arange(5), torch.arange(7)])[None]
-    packed = model(ids[:1], position_ids=where, use_cache=False).logits
+    packed = model(ids[:1], position_ids=where).logits
     alone = torch.cat([model(ids[:1, :5]).logits, model(ids[:1, 5:]).logits], dim=1)
     torch.testing.assert_close(packed, alone, **CLOSE)
 
@@ -306,14 +306,14 @@ def test_a_full_mask_is_used_as_given(tiny_model, ids):
 
 def test_rotary_positions_are_relative_and_scale(tiny_model, ids):
     """Shifting every position changes nothing; stretching them does, and `linear` scaling undoes it."""
-    where = torch.arange(12)[None]
+    where, words = torch.arange(12)[None], {"attention_mask": torch.ones_like(ids)}
     model = tiny_model()
     logits = model(ids, position_ids=where).logits
     torch.testing.assert_close(model(ids, position_ids=where + 9).logits, logits, rtol=1e-4, atol=1e-4)
-    stretched = model(ids, position_ids=2 * where).logits
+    stretched = model(ids, position_ids=2 * where, **words).logits
     assert (stretched - logits).abs().max() > 1e-3
     scaled = tiny_model(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0})
-    torch.testing.assert_close(scaled(ids, position_ids=2 * where).logits, logits, **CLOSE)
+    torch.testing.assert_close(scaled(ids, position_ids=2 * where, **words).logits, logits, **CLOSE)
 
 
 def test_qk_norm_forgets_the_scale_of_queries_and_keys(tiny_model, ids):

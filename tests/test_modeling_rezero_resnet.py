@@ -190,6 +190,8 @@ def test_images_of_another_shape_are_refused(shape):
     """The line says the shape that came and the shape there must be."""
     with pytest.raises(ValueError, match=r"^pixel_values of shape \(.*\): must be \(batch, 3, height, width\), the"):
         new("rezero")(torch.zeros(shape))
+    with pytest.raises(ValueError, match=r"dtype torch\.uint8, so these are raw pixels"):
+        new("rezero")(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

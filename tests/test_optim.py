@@ -5,7 +5,15 @@ from typing import get_args
 import pytest
 import torch
 
-from rezero_hf import ReZeroForCausalLM, gates, make_optimizer, parameter_groups
+from rezero_hf import (
+    ReZeroForCausalLM,
+    ReZeroForSequenceClassification,
+    ReZeroMLPConfig,
+    ReZeroMLPForImageClassification,
+    gates,
+    make_optimizer,
+    parameter_groups,
+)
 from rezero_hf.models import ReZeroConfig
 from rezero_hf.optim import OptimizerName
 
@@ -108,6 +116,17 @@ def test_muon_takes_the_matrices_inside_the_layers_only(model):
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     taken = {names[id(parameter)] for group in by_muon for parameter in group["params"]}
     assert taken == {name for name in names.values() if name.endswith("_proj.weight")}
+
+
+def test_muon_leaves_heads_and_stems_alone():
+    """Of classifiers too: a row for a class, and an image's stem, are AdamW's."""
+    text = ReZeroConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+    images = ReZeroMLPConfig(image_size=8, num_channels=1, hidden_size=8, num_hidden_layers=3)
+    for model in (ReZeroForSequenceClassification(text), ReZeroMLPForImageClassification(images)):
+        optim = make_optimizer(model, "muon", lr=1e-2)
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        taken = {names[id(p)] for group in optim.param_groups if group["use_muon"] for p in group["params"]}
+        assert taken and all(".layers." in name for name in taken), taken
 
 
 def test_an_unknown_optimiser_is_one_clear_line(model):

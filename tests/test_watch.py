@@ -81,12 +81,14 @@ def test_skipped_steps_change_nothing_and_are_bounded(prepared, tmp_path):  # no
         again.train()
 
 
+@pytest.mark.parametrize("once", [False, True], ids=["logged every step", "logged at the end"])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_skipped_step_leaves_parameters_moments_and_counts(prepared, tmp_path, optimizer):  # noqa: F811
+def test_a_skipped_step_leaves_parameters_moments_and_counts(prepared, tmp_path, optimizer, once):  # noqa: F811
     """Two good steps and then two bad ones end where two good ones do; only their text and loss are in the log."""
     ends = []
     for name, steps in (("good", 2), ("good and bad", 4)):
-        arguments = {"nonfinite": "skip", "optimizer": optimizer, "lr_scheduler_type": "constant", "logging_steps": 1}
+        arguments = {"nonfinite": "skip", "optimizer": optimizer, "lr_scheduler_type": "constant"}
+        arguments["logging_steps"] = steps if once else 1
         trainer = make(prepared, tmp_path / name, max_steps=steps, **arguments)
         poison(trainer, {6, 7})
         trainer.train()
@@ -115,6 +117,7 @@ def test_a_leaping_loss_is_recorded_and_nothing_else(prepared, tmp_path):  # noq
         ({"nonfinite": "ignore"}, "nonfinite='ignore' is unknown; one of stop, skip"),
         ({"max_skipped_steps": -1}, "max_skipped_steps=-1: must be 0 or more"),
         ({"peak_flops": 0.0}, "peak_flops=0.0: must be at least 1"),
+        ({"optim": "adamw_8bit"}, "optim=.*adamw_8bit: this trainer builds its own; choose with optimizer"),
     ],
 )
 def test_an_argument_out_of_range_is_one_line(prepared, tmp_path, arguments, message):  # noqa: F811

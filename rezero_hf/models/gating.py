@@ -12,6 +12,9 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
+RECORDERS = "transformers.utils.output_capturing"
+
+
 class Branch:
     """A branch F as a layer hands it to its residual form: called, it is F(x), through its module and all of its hooks.
 
@@ -25,16 +28,14 @@ class Branch:
         self.module, self.last, self.words = module, last, words
 
     def __call__(self, x: torch.Tensor, **words: Any) -> torch.Tensor:
-        # Tensors without data are not of a type that torch can ask for.
-        if not x.is_meta and torch.is_autocast_enabled(x.device.type):
-            # Every product that takes x would make, and keep, a copy of its own.
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        output = self.module(x, **self.words, **words)
+        # Every product that takes x would make, and keep, a copy of its own.
+        output = self.module(_as_products_take(x), **self.words, **words)
         return output[0] if isinstance(output, tuple) else output
 
     def inner(self, x: torch.Tensor) -> torch.Tensor:
         """What the last product takes, of shape (..., last.in_features)."""
-        return self(x, project=False)
+        # Some activations are in fp32 under autocast, and the backward pass is outside of it.
+        return _as_products_take(self(x, project=False))
 
     def takes_gate(self, x: torch.Tensor) -> bool:
         """Whether `last` may take the gate for this input, and is no slower with it.
@@ -51,6 +52,8 @@ class Branch:
             and x.numel() >= 2 * x.shape[-1] * getattr(last, "out_features", torch.inf)
             and module.dropout.p == 0
             and _is_plain_linear(last)
+            # Frozen, it has no gradient to read alpha's off.
+            and last.weight.requires_grad
             and not _is_watched(module)
         )
 
@@ -78,13 +81,15 @@ class GatedLinear(torch.autograd.Function):
         alpha, h, weight, bias = ctx.saved_tensors
         rows = grad.flatten(0, -2)
         at_weight = (rows.mT @ h.flatten(0, -2)).to(weight.dtype)
-        at_alpha, at_bias = _inner(at_weight, weight), None
-        if bias is not None:
-            at_bias = rows.sum(0).to(bias.dtype)
-            at_alpha, at_bias = at_alpha + _inner(at_bias, bias), alpha * at_bias
+        at_bias = None if bias is None else rows.sum(0).to(bias.dtype)
+        at_alpha = None
+        if ctx.needs_input_grad[0]:
+            at_alpha = _inner(at_weight, weight) + (0 if bias is None else _inner(at_bias, bias))
+            at_alpha = at_alpha.to(alpha.dtype)
+        at_bias = None if bias is None else alpha * at_bias
         # In place, unless this is to be differentiated once more.
         at_weight = alpha * at_weight if torch.is_grad_enabled() else at_weight.mul_(alpha)
-        return at_alpha.to(alpha.dtype), (alpha * grad) @ weight.to(h.dtype), at_weight, at_bias
+        return at_alpha, (alpha * grad) @ weight.to(h.dtype), at_weight, at_bias
 
 
 def gated(alpha: torch.Tensor, f: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
@@ -105,6 +110,13 @@ def _inner(a, b):
     return (a * b).sum()
 
 
+def _as_products_take(x: torch.Tensor) -> torch.Tensor:
+    # Tensors without data are not of a type that torch can ask for.
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))
+
+
 def _is_plain_linear(module: nn.Module) -> bool:
     # Sharded and quantised weights are wrapped; an offloaded module has a forward of its own.
     return (
@@ -116,9 +128,9 @@ def _is_plain_linear(module: nn.Module) -> bool:
 
 
 def _is_watched(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+    # The library's recorders, which stay for good once hidden states were asked for, look at what else a branch gives.
+    hooks = [hook for hook in module._forward_hooks.values() if hook.__module__ != RECORDERS]
+    return bool(hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
 __all__ = ["Branch", "GatedLinear", "gated"]

@@ -21,7 +21,12 @@ from transformers.modeling_layers import (
     GenericForTokenClassification,
     GradientCheckpointingLayer,
 )
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, MaskedLMOutput
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    MaskedLMOutput,
+    TokenClassifierOutput,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
@@ -321,11 +326,8 @@ class ReZeroModel(ReZeroPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if not self.config.is_causal and past_key_values is not None:
             raise ValueError("past_key_values make no sense with is_causal=False: every token depends on later ones.")
-        if use_cache and past_key_values is None and self.config.is_causal:
-            past_key_values = DynamicCache(config=self.config)
-        if position_ids is None:
-            past = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past).unsqueeze(0)
+        # Before the cache and the positions that are made here: the library looks for documents only without a cache,
+        # and in positions that count on there are none to be found.
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
@@ -334,6 +336,11 @@ class ReZeroModel(ReZeroPreTrainedModel):
             position_ids=position_ids,
             and_mask_function=self._same_document(attention_mask, position_ids, inputs_embeds.shape[0]),
         )
+        if use_cache and past_key_values is None and self.config.is_causal:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past).unsqueeze(0)
 
         hidden_states, position_embeddings = inputs_embeds, None
         if self.rotary_emb is not None:
@@ -355,7 +362,7 @@ class ReZeroModel(ReZeroPreTrainedModel):
 
     def _same_document(self, attention_mask, position_ids, batch_size: int) -> Callable | None:
         """Keeps documents of a packed row apart where the library does not: looking both ways it ignores positions."""
-        if self.config.is_causal or attention_mask is not None:
+        if self.config.is_causal or attention_mask is not None or position_ids is None:
             return None
         documents = find_packed_sequence_indices(position_ids.expand(batch_size, -1))
         return None if documents is None else packed_sequence_mask_function(documents)
@@ -466,6 +473,8 @@ class ReZeroForMaskedLM(ReZeroLanguageModel):
         Args:
             labels: (batch, tokens), the original token where one was masked, -100 elsewhere; not shifted. Loss in nats.
         """
+        # Callers that take any language model say it; there is no cache to use.
+        kwargs.pop("use_cache", None)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -488,6 +497,9 @@ class ReZeroForMaskedLM(ReZeroLanguageModel):
 class ReZeroForSequenceClassification(GenericForSequenceClassification, ReZeroPreTrainedModel):
     """The network with a linear head on each sequence's last token that is not padding."""
 
+    # Its loss takes no `num_items_in_batch` of a whole step; so Trainer averages over passes and processes.
+    accepts_loss_kwargs = False
+
     def __init__(self, config: ReZeroConfig):
         ReZeroPreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
@@ -506,6 +518,31 @@ class ReZeroForTokenClassification(GenericForTokenClassification, ReZeroPreTrain
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.score = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TokenClassifierOutput:
+        """Run the network and its head; the arguments of `ReZeroModel.forward`, and:
+
+        Args:
+            labels: (batch, tokens), the class of each, -100 where there is none. Loss in nats per labelled token.
+            num_items_in_batch: what the summed loss is divided by instead; the library's own head leaves that out, and
+                sums over passes and processes were taken for means.
+        """
+        words = {"position_ids": position_ids, "past_key_values": past_key_values, "inputs_embeds": inputs_embeds}
+        output = super().forward(input_ids, attention_mask=attention_mask, return_dict=True, **words, **kwargs)
+        if labels is not None:
+            output.loss = self.loss_function(output.logits, labels, self.config, num_items_in_batch=num_items_in_batch)
+        return output
 
 
 class ReZeroForQuestionAnswering(GenericForQuestionAnswering, ReZeroPreTrainedModel):

@@ -216,12 +216,17 @@ class ReZeroResNetModel(ReZeroResNetPreTrainedModel):
             `hidden_states`, when asked for, are the stream before each residual layer and after the last.
 
         Raises:
-            ValueError: `pixel_values` has another shape.
+            ValueError: `pixel_values` has another shape, or raw pixels.
         """
         if pixel_values.ndim != 4 or pixel_values.shape[1] != self.config.num_channels:
             raise ValueError(
                 f"pixel_values of shape {tuple(pixel_values.shape)}: must be (batch, {self.config.num_channels}, "
                 "height, width), the second being config.num_channels."
+            )
+        if not pixel_values.is_floating_point():
+            raise ValueError(
+                f"pixel_values has dtype {pixel_values.dtype}, so these are raw pixels; scale and normalise them as an "
+                "image processor does."
             )
         hidden_states = self.stem(pixel_values.to(self.stem.conv.weight.dtype))
         for layer in self.layers:

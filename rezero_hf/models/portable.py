@@ -61,13 +61,23 @@ class PortablePreTrainedModel(PreTrainedModel):
         if self.can_generate():
             self.generation_config.save_pretrained(save_directory)
 
-    def _save_sources(self, folder: Path) -> None:
+    def _upload_modified_files(self, working_dir, repo_id, files_timestamps, **kwargs):
+        """The sources too: written before the library looks which files are new, they would not be."""
+        sources = {file.name for file in self._sources()}
+        before = {name: time for name, time in files_timestamps.items() if name not in sources}
+        return super()._upload_modified_files(working_dir, repo_id, before, **kwargs)
+
+    def _sources(self) -> list[Path]:
         source = Path(sys.modules[self._defining_class().__module__].__file__)
+        return [source, *map(Path, get_relative_import_files(source))]
+
+    def _save_sources(self, folder: Path) -> None:
+        source, *others = self._sources()
         config_class = self.config_class
         self.config.auto_map = {"AutoConfig": f"{config_class.__module__.rpartition('.')[2]}.{config_class.__name__}"}
         self.config.auto_map |= {auto: f"{source.stem}.{name}" for auto, name in self.auto_classes.items()}
         folder.mkdir(parents=True, exist_ok=True)
-        for file in [source, *map(Path, get_relative_import_files(source))]:
+        for file in (source, *others):
             if file.parent.resolve() != folder.resolve():
                 shutil.copyfile(file, folder / file.name)
 
