@@ -20,7 +20,8 @@ CARD = """# Speed and memory, beside other libraries
 Every arm has a process of its own, in which it and ReZero as shipped take turns, one repeat each. "ReZero is better
 by" is the median of the ratios of such neighbours and their quartiles: above 1 ReZero is faster or smaller, below 1
 slower or larger; ReZero beside itself shows what is noise. It is "ahead" or "behind" where the median is more than 0.01
-from 1 and a sign test finds the ratios on that side (5 %, each line by itself), else "even". {sizes}
+from 1 and a sign test finds the ratios on that side (5 %, each line by itself), "even" within 0.01, else "not told
+apart": the repeats disagree. {sizes}
 
 Beside rates stands the share of what the same machine reached in the same turns: `torch.mm` of the step's shapes for
 training and prefill (attention's operations counted at that rate), the model's matrices times a vector a token and
@@ -44,6 +45,10 @@ SIZES = (
     "{batch} sequences of {context} tokens, prefill one of them, generation {generation_layers} layers."
 )
 NONE = "No measurement is committed yet."
+LEGEND = (
+    "Above 1 ReZero is faster or smaller than the best of them, below 1 slower or larger; in brackets the quartiles of "
+    "the repeats."
+)
 TICKS = (0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2, 3, 5, 10)
 
 
@@ -67,14 +72,16 @@ def shares(row: dict[str, Any]) -> dict[str, float]:
 
 
 def verdict(row: dict[str, Any]) -> str:
-    """Whether the reference is `ahead` or `behind`, or `even`: within 0.01, or not told from chance.
+    """Whether the reference is `ahead`, `behind`, or `even`, within 0.01; `not told apart` where it may be chance.
 
     What is the same every time needs no test.
     """
     found = _ratios(row)
     middle = median(found)
-    if abs(middle - 1) <= 0.01 or not (MEASURES[row["measure"]].once or sign_test(found) <= 0.05):
+    if abs(middle - 1) <= 0.01:
         return "even"
+    if not MEASURES[row["measure"]].once and sign_test(found) > 0.05:
+        return "not told apart"
     return "ahead" if middle > 1 else "behind"
 
 
@@ -101,6 +108,7 @@ def benchmark_section(results: Iterable[dict[str, Any]]) -> str:
         parts += [
             f"[{result['device']}]({page}/README.md), {result['threads']} threads:",
             benchmark_table(result),
+            LEGEND,
             f"![how many times as good as each peer ReZero is]({page}/figures/benchmark.png)",
         ]
     return "\n\n".join(parts) or NONE

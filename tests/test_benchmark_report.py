@@ -81,8 +81,8 @@ def test_shares_are_of_the_limit_in_the_same_turn():
     [
         ("train", [1.2] * 9 + [0.9], "ahead"),
         ("train", [0.8] * 6, "behind"),
-        ("train", [1.2] * 8 + [0.9] * 2, "even"),
-        ("train", [1.2] * 5, "even"),
+        ("train", [1.2] * 8 + [0.9] * 2, "not told apart"),
+        ("train", [1.2] * 5, "not told apart"),
         ("train", [1.009] * 25, "even"),
         ("memory", [1.2], "ahead"),
     ],
