@@ -271,10 +271,17 @@ class ReZeroTrainer(PushingTrainer):
         inputs = self._prepare_inputs(inputs)
         targets = inputs["shift_labels"]
         with torch.no_grad(), self.compute_loss_context_manager():
-            logits = model(input_ids=inputs["input_ids"], use_cache=False).logits
-        nats = nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
+            nats = self._nats(model, inputs["input_ids"], targets)
         counts = torch.stack([(targets != IGNORE_INDEX).sum(-1), self._bytes_of(targets).sum(-1)], dim=-1)
-        return None, nats.view_as(targets).sum(-1), counts
+        return None, nats.sum(-1), counts
+
+    def _nats(self, model, input_ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Of each token, (rows, tokens); with a model of this package never from all logits at once, as in training."""
+        if isinstance(self.model, ReZeroForCausalLM):
+            words = {"labels": input_ids, "shift_labels": targets, "reduction": "none", "use_cache": False}
+            return model(**self.for_the_loss({"input_ids": input_ids, **words})).loss
+        logits = model(input_ids=input_ids, use_cache=False).logits.float()
+        return nn.functional.cross_entropy(logits.mT, targets, reduction="none")
 
     def _bytes_of(self, targets: torch.Tensor) -> torch.Tensor:
         return self.token_bytes[targets.clamp(min=0)] * (targets != IGNORE_INDEX)

@@ -51,6 +51,17 @@ def test_the_loss_in_pieces_has_the_same_gradients(model, batch, pieces, words):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
 
 
+def test_the_loss_of_each_token_comes_in_pieces_too(model, batch, pieces):
+    """Shaped like the labels, the last of which has nothing to predict, and 0 where there is no label."""
+    logits = model.eval()(input_ids=batch["input_ids"]).logits
+    shifted = torch.nn.functional.pad(batch["labels"], (0, 1), value=-100)[:, 1:]
+    expected = torch.nn.functional.cross_entropy(logits.mT, shifted, reduction="none")
+    with torch.no_grad():
+        found = model(**batch, skip_logits=True, reduction="none").loss
+    torch.testing.assert_close(found, expected)
+    assert found[1, 9:].eq(0).all()
+
+
 def test_without_labels_there_is_nothing_to_skip(model, batch):
     assert model(input_ids=batch["input_ids"], skip_logits=True).logits.shape == (3, 16, VOCAB)
 

@@ -416,7 +416,8 @@ class ReZeroForCausalLM(ReZeroLanguageModel, GenerationMixin):
             logits_to_keep: how many last positions get logits (0 is all), or their indices.
             skip_logits: with labels, return the loss alone and never hold all logits: of a large vocabulary they take
                 more memory than all else (`piecewise_loss.py`). Default False: most trainers look at them.
-            kwargs: `num_items_in_batch` divides the summed loss (gradient accumulation), `shift_labels` as above.
+            kwargs: `num_items_in_batch` divides the summed loss (gradient accumulation), `shift_labels` as above; with
+                `skip_logits`, `reduction="none"` gives the loss of each token, (batch, tokens).
 
         Returns:
             loss in nats per token when labels are given, and logits (batch, tokens kept, vocab_size).

@@ -1,6 +1,7 @@
 """The loss of a large vocabulary without all of its logits: a few rows at a time, and again in the backward pass."""
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import nn
@@ -21,9 +22,10 @@ def piecewise_loss(
     shift_labels: torch.Tensor | None = None,
     num_items_in_batch: torch.Tensor | int | None = None,
     ignore_index: int = -100,
+    reduction: Literal["mean", "none"] = "mean",
     **kwargs,
 ) -> torch.Tensor:
-    """The mean loss over tokens, as `loss_function` has it for all logits at once, to rounding.
+    """The mean loss over tokens, as `loss_function` has it for all logits at once, to rounding; or that of each token.
 
     No more than `LOGITS_AT_ONCE` logits exist at any moment. Where that is fewer than there are, the head's product is
     done once more than for the usual loss (four times instead of three).
@@ -37,6 +39,8 @@ def piecewise_loss(
         shift_labels: (batch, tokens), shifted; used instead of `labels`.
         num_items_in_batch: what the summed loss is divided by; None (default): the tokens that count.
         ignore_index: the label that does not count; default the library's.
+        reduction: `"mean"` (default), or `"none"` for the cross entropy of each token, (batch, tokens), 0 where it does
+            not count: what an evaluation sums over text.
         kwargs: further arguments of `loss_function`.
     """
     if shift_labels is None:
@@ -47,13 +51,17 @@ def piecewise_loss(
     words = {"vocab_size": vocab_size, "num_items_in_batch": num_items_in_batch, "ignore_index": ignore_index, **kwargs}
 
     def loss_of(rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        if reduction == "none":
+            return nn.functional.cross_entropy(head(rows).float(), targets, reduction="none", ignore_index=ignore_index)
         return loss_function(logits=head(rows), labels=None, shift_labels=targets, **words)
 
     at_once = max(1, LOGITS_AT_ONCE // vocab_size)
     if len(rows) <= at_once:
-        return loss_of(rows, targets)
-    pieces = zip(rows.split(at_once), targets.split(at_once), strict=True)
-    return torch.stack([checkpoint(loss_of, *piece, use_reentrant=False) for piece in pieces]).sum()
+        losses = [loss_of(rows, targets)]
+    else:
+        pieces = zip(rows.split(at_once), targets.split(at_once), strict=True)
+        losses = [checkpoint(loss_of, *piece, use_reentrant=False) for piece in pieces]
+    return torch.cat(losses).view_as(shift_labels) if reduction == "none" else torch.stack(losses).sum()
 
 
 __all__ = ["piecewise_loss"]
