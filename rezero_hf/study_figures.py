@@ -1,6 +1,5 @@
 """Pictures of a study, drawn from its result: curves, times to the target, ends against depth, gates."""
 
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -18,8 +17,6 @@ from .toy_model import toy_landscape
 # Okabe and Ito's set, the ones that stay apart on white; dashes tell lines apart where colours repeat.
 COLOURS = (BLUE, VERMILION, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", GREY)
 DASHES = ("-", "--", ":", "-.")
-# Letters that a legend has room for across a figure, and what the line beside a label takes of them.
-LEGEND, HANDLE = 130, 8
 
 
 def draw(result: dict[str, Any], folder: str | Path) -> list[Path]:
@@ -178,13 +175,8 @@ def _line(number: int) -> dict[str, str]:
 def _legend(figure, ax) -> None:
     """Below the axes, in as many columns as there is room for."""
     handles, labels = ax.get_legend_handles_labels()
-
-    def width(columns: int) -> int:
-        return sum(max(map(len, part)) + HANDLE for part in _parts(labels, -(-len(labels) // columns)))
-
-    columns = next((columns for columns in (3, 2) if labels and width(columns) <= LEGEND), 1)
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
-
-
-def _parts(labels: Sequence[str], most: int) -> Iterator[Sequence[str]]:
-    return (labels[start : start + most] for start in range(0, len(labels), most))
+    for columns in (3, 2, 1):
+        legend = figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
+        if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            return
+        legend.remove()

@@ -278,9 +278,10 @@ class ReZeroConfig(PreTrainedConfig):
         Muon.
 
         At 12 layers, width 96 and 500 steps on bytes it ends at 1.922 +- 0.005 bits per byte, pre-norm with RMSNorm at
-        1.938 +- 0.004, with LayerNorm at 1.943 +- 0.006, the paper's form at 2.003 +- 0.013 (three seeds, every row at
-        its own best rates), ahead from step 100 on (model_cards/norm_free; 48 layers: model_cards/norm_free_deep; how
-        it was found: model_cards/LOG.md). Larger networks and longer runs have not been measured.
+        1.938 +- 0.004, with LayerNorm at 1.943 +- 0.006 (three seeds, every row at its own best rates), ahead from step
+        100 on (model_cards/norm_free); at 48 layers and 200 steps at 2.206 +- 0.013, pre-norm at 2.447 +- 0.021 and
+        2.453 +- 0.017, ahead from step 50 on (model_cards/norm_free_deep). How it was found: model_cards/LOG.md. Larger
+        networks and longer runs have not been measured.
 
         Args:
             num_hidden_layers: depth.
