@@ -6,23 +6,19 @@ run, a run on more machines and an uninterrupted one see the same text in the sa
 
 import copy
 import math
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from .data import PreparedData
+from .mixture import MIXTURE_PERIOD, mixture_pattern
 from .randomness import permute
 from .sources import SPLITS, DataError
 
 
-if TYPE_CHECKING:
-    from .data import PreparedData
-
 # The label of positions without a target, as in PyTorch's cross entropy and all of Transformers.
 IGNORE_INDEX = -100
-# A mixture repeats after this many blocks, so weights are kept to a thousandth.
-MIXTURE_PERIOD = 1000
 
 
 class TrainBlocks(Dataset):
@@ -45,7 +41,7 @@ class TrainBlocks(Dataset):
         DataError: a source does not give one block of training text.
     """
 
-    def __init__(self, prepared: "PreparedData", seed: int, num_blocks: int) -> None:
+    def __init__(self, prepared: PreparedData, seed: int, num_blocks: int) -> None:
         self._block_size, self._seed, self._num_blocks = prepared.config.block_size, seed, num_blocks
         self._first = 0
         weights = [source.weight for source in prepared.config.sources]
@@ -107,7 +103,7 @@ class EvalBlocks(Dataset):
 
     def __init__(
         self,
-        prepared: "PreparedData",
+        prepared: PreparedData,
         split: str,
         max_blocks: int | None = None,
         window: int | None = None,
@@ -160,30 +156,7 @@ class EvalBlocks(Dataset):
         return item
 
 
-def held_out_blocks(prepared: "PreparedData", max_blocks: int | None = None) -> dict[str, EvalBlocks]:
+def held_out_blocks(prepared: PreparedData, max_blocks: int | None = None) -> dict[str, EvalBlocks]:
     """`EvalBlocks` of validation and test, of those that hold text."""
     splits = [split for split in SPLITS if split != "train" and prepared.totals(split)["tokens"]]
     return {split: EvalBlocks(prepared, split, max_blocks) for split in splits}
-
-
-def mixture_pattern(weights: list[float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """How sources share each run of `MIXTURE_PERIOD` blocks.
-
-    Returns:
-        The source of each slot, how many earlier slots that source has, and how many slots each source has in all.
-
-    Raises:
-        DataError: a weight is too small to get a slot.
-    """
-    exact = np.array(weights) / sum(weights) * MIXTURE_PERIOD
-    counts = np.floor(exact).astype(int)
-    # The largest remainders get the slots that rounding down left over.
-    counts[np.argsort(counts - exact, kind="stable")[: MIXTURE_PERIOD - counts.sum()]] += 1
-    if not counts.all():
-        raise DataError(
-            f"data.sources: weight {min(weights)} is below 1/{MIXTURE_PERIOD} of the sum of {weights}: raise it"
-        )
-    ranks = np.concatenate([np.arange(count) for count in counts])
-    sources = np.repeat(np.arange(len(weights)), counts)
-    order = np.argsort((ranks + 0.5) / counts[sources], kind="stable")
-    return sources[order], ranks[order], counts

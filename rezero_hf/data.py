@@ -17,8 +17,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from .blocks import mixture_pattern
 from .corpora import open_corpus
+from .mixture import mixture_pattern
 from .packing import write_shards
 from .shards import INDEX_NAME, TokenStream
 from .sources import SPLITS, DataError, Source, cache_folder, explained

@@ -17,9 +17,10 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 from rezero_hf import corpora, data, packing, shards
-from rezero_hf.blocks import EvalBlocks, TrainBlocks, mixture_pattern
+from rezero_hf.blocks import EvalBlocks, TrainBlocks
 from rezero_hf.corpora import Enwik8, Enwik8Facts
 from rezero_hf.data import DataConfig, prepare
+from rezero_hf.mixture import mixture_pattern
 from rezero_hf.sources import DataError, Source
 from rezero_hf.tokenization import byte_tokenizer, token_byte_lengths, train_bpe
 
