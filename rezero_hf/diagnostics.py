@@ -136,6 +136,12 @@ class JacobianSpectrum:
         }
 
 
+def zeros_are_resolved(jacobian: Mapping[str, Any]) -> bool:
+    """Whether the `share_zero` of a `JacobianSpectrum.record` counts zeros, and not rounding errors of the largest."""
+    resolution = jacobian.get("resolution")
+    return resolution is not None and resolution <= ZERO
+
+
 def input_output_jacobian(
     model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], max_size: int = 4096
 ) -> JacobianSpectrum:

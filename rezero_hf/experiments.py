@@ -97,9 +97,9 @@ def run_experiment(
     Returns:
         `recipe` (resolved, YAML), `data`, `seed`, provenance, `parameters`, `steps`, `rows` (of the data that were
         trained on), `flops`, `training_seconds` (evaluations excluded), `threads`, `peak_memory_bytes` (on a CPU of the
-        process, so of the largest run in it), `curve` (rows of what evaluations measured), `results` by split, `alpha`
-        (every gate at every evaluation, for nets of up to 512), `diverged` (None, or why the run ended early), and
-        `signal` and `gates_off` if asked for.
+        process, with what an earlier run in it has left behind), `curve` (rows of what evaluations measured), `results`
+        by split, `alpha` (every gate at every evaluation, for nets of up to 512), `diverged` (None, or why the run
+        ended early), and `signal` and `gates_off` if asked for.
 
     Raises:
         UserError: the recipe cannot be run, a finished run there has another, or the process was told to stop.
@@ -108,7 +108,7 @@ def run_experiment(
     args = recipe.training_arguments(folder / "checkpoints")
     setting = set_up(recipe, args)
     resolved = recipe.resolved(setting.config)
-    known = _finished(folder, resolved, {"signal": signal, "gates_off": gates_off}, keep)
+    known = _finished(folder, resolved, setting.data, {"signal": signal, "gates_off": gates_off}, keep)
     resumes = known is None and _is_interrupted(folder, resolved)
     before, init_from = NOTHING, recipe.init_from
     if base is not None:
@@ -156,7 +156,7 @@ def run_experiment(
         "parameters": model.num_parameters(),
         **_course(trainer, seconds, setting.flops(model), before),
         "threads": torch.get_num_threads(),
-        "peak_memory_bytes": trainer.throughput.peak_memory(),
+        "peak_memory_bytes": trainer.throughput.most_memory(),
         "results": {} if diverged else {split: trainer.measure(rows) for split, rows in setting.held_out.items()},
         "diverged": diverged,
     }
@@ -226,11 +226,13 @@ def set_up(recipe: Recipe, args: ReZeroTrainingArguments) -> Setting:
     return _text(recipe, args) if recipe.model_type == "rezero" else _images(recipe, args)
 
 
-def _finished(folder: Path, resolved: str, asked: dict[str, bool], keep: bool) -> dict[str, Any] | None:
+def _finished(
+    folder: Path, resolved: str, data: dict[str, Any], asked: dict[str, bool], keep: bool
+) -> dict[str, Any] | None:
     """The record of a finished run, if it has what is asked for, and a checkpoint to begin from if that is.
 
     Raises:
-        UserError: it is of another recipe, and hours of work.
+        UserError: it is of another recipe or of other data, and hours of work.
     """
     try:
         known = json.loads((folder / RECORD).read_text(encoding="utf-8"))
@@ -238,6 +240,8 @@ def _finished(folder: Path, resolved: str, asked: dict[str, bool], keep: bool) -
         return None
     # Where the data lie is not what they are.
     changed = [line for line in changed_words(known["recipe"], resolved) if not line.startswith("data.path")]
+    if not changed and known["data"].get("fingerprint") != data.get("fingerprint"):
+        changed = ["what data names was something else then: another Python's standard library, or other files"]
     if changed:
         raise UserError(
             f"{folder} holds a finished run with other words ({'; '.join(changed)[:300]}): choose another --output, or "

@@ -71,8 +71,14 @@ def flops_per_image(model: nn.Module, pixel_values: torch.Tensor) -> int:
         model: takes `pixel_values`.
         pixel_values: one image (channels, height, width).
     """
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(pixel_values=pixel_values[None].to(model.device))
+    training = model.training
+    # In training it would move the statistics of BatchNorm.
+    model.eval()
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(pixel_values=pixel_values[None].to(model.device))
+    finally:
+        model.train(training)
     return 3 * counter.get_total_flops()
 
 

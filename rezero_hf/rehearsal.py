@@ -37,6 +37,9 @@ SMALL_RUN = {
     "fp16": False,
     "tf32": None,
     "torch_compile": False,
+    # Either of them switches it on again.
+    "torch_compile_backend": None,
+    "torch_compile_mode": None,
     "fsdp": None,
     "fsdp_config": None,
     "deepspeed": None,

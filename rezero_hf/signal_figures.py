@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .diagnostics import ZERO
+from .diagnostics import ZERO, zeros_are_resolved
 from .errors import UserError
 from .figures import BLUE, GREY, STYLE, VERMILION, new_figure, save
 from .toy_model import ToyLandscape
@@ -68,8 +68,8 @@ def norm_curves(records: Mapping[str, dict], path: str | Path) -> Path:
 def singular_value_histograms(records: Mapping[str, Mapping[int, dict]], path: str | Path) -> Path:
     """Draw the spectra of input-output Jacobians: a row for each form, a column for each depth.
 
-    Each panel says chi, the mean squared singular value. Values below 1e-8 are lost: the vermilion bar at the left.
-    Those above 1e4 count in the last bar.
+    Each panel says chi, the mean squared singular value. Values below 1e-8 are lost: the vermilion bar at the left,
+    grey where fp64 cannot tell them from 0 beside the largest. Those above 1e4 count in the last bar.
 
     Args:
         records: form -> depth -> `signal_record` with an exact Jacobian. A missing depth leaves its panel empty.
@@ -186,14 +186,16 @@ def _histogram(axes, jacobian: dict, title: str) -> None:
     share = counts / counts.sum()
     zero = log10 < math.log10(ZERO)
     # The recorded share and not the bins': those are rounded, and tables show this one.
-    lost = jacobian["share_zero"] or 0.0
-    axes.bar(low - 0.75, lost, width=BAR_WIDTH, color=VERMILION)
+    lost, resolved = jacobian["share_zero"] or 0.0, zeros_are_resolved(jacobian)
+    axes.bar(low - 0.75, lost, width=BAR_WIDTH, color=VERMILION if resolved else "#BBBBBB")
     shown = (np.clip(log10[~zero], low, high) / BAR_WIDTH).round() * BAR_WIDTH
     axes.hist(shown, np.arange(low - BAR_WIDTH / 2, high + BAR_WIDTH, BAR_WIDTH), weights=share[~zero], color=BLUE)
     chi = "not finite" if jacobian["chi"] is None else _short(jacobian["chi"])
     words = {"transform": axes.transAxes, "va": "top", "fontsize": 9}
     axes.text(0.06, 0.97, f"$\\chi$ = {chi}", **words)
-    if lost > 0:
+    if not resolved:
+        axes.text(0.06, 0.74, "zeros not resolved", color=GREY, **words)
+    elif lost > 0:
         axes.text(0.06, 0.74, f"{100 * lost:.{0 if lost > 0.1 else 1}f} % lost", color=VERMILION, **words)
 
 

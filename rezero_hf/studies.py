@@ -12,6 +12,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, 
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing import get_context, parent_process
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from .launching import end_with_parent
 from .recipe import load_recipe
 from .strict import RecipeError
 from .study_plan import METRICS, Cell, Study, overrides_of, short
+from .throughput import forget_peak_memory
 
 
 def run_study(
@@ -58,6 +60,8 @@ def run_study(
     """
     cells = [cell for cell in study.cells() if only in (None, cell.row)]
     threads, bases = max(1, torch.get_num_threads() // jobs), Path(folder) / "bases"
+    spawn = get_context("spawn")
+    stopping = spawn.Event()
     words = {"size": size, "signal": study.signal, "gates_off": study.gates_off}
     ours = {"training.seed", *study.words()}
     for text in overrides:
@@ -65,7 +69,7 @@ def run_study(
             raise RecipeError(f"override {text!r}: {key} is what the study varies; change it in {path}.")
     with (
         _alone_in(Path(folder)),
-        ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_start_worker, initargs=(threads,)) as pool,
+        ProcessPoolExecutor(jobs, spawn, initializer=_start_worker, initargs=(threads, stopping)) as pool,
         # A thread a cell only waits.
         ThreadPoolExecutor(len(cells)) as tuners,
     ):
@@ -93,6 +97,8 @@ def run_study(
                 future.result()
         except BaseException:
             workers = list((pool._processes or {}).values())
+            # A run that trains saves when it is told to end; the next ones are with the workers already.
+            stopping.set()
             pool.shutdown(wait=False, cancel_futures=True)
             # What runs now would else go on to its end, which may be hours away.
             for worker in workers:
@@ -187,9 +193,10 @@ def _line(study: Study, cell: Cell, run: dict[str, Any]) -> str:
     return f"{cell.name}  {words}  seed {run['seed']}: {value}  ({run['training_seconds']:.0f} s)"
 
 
-def _start_worker(threads: int) -> None:
+def _start_worker(threads: int, stopping: Event) -> None:
     end_with_parent()
     torch.set_num_threads(threads)
+    _run.stopping = stopping
 
 
 def _run(
@@ -200,11 +207,17 @@ def _run(
         said and load_recipe(path, said, smoke=size == "smoke", full=size == "full") for said in (overrides, before)
     )
     try:
+        _leave_if_over()
+        forget_peak_memory()
         return run_experiment(recipe, folder, first=first, **words)
     finally:
-        # Told to stop by its parent's death, a run saves first; after that nobody has anything for this process to do.
-        if not parent_process().is_alive():
-            os._exit(143)
+        # Told to stop, a run saves first; after that nobody has anything for this process to do.
+        _leave_if_over()
+
+
+def _leave_if_over() -> None:
+    if _run.stopping.is_set() or not parent_process().is_alive():
+        os._exit(143)
 
 
 def _rounded(number: float) -> float:

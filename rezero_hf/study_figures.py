@@ -10,7 +10,7 @@ from .figures import BLUE, GREY, VERMILION, gate_history, gate_map, log_ticks, n
 from .signal_figures import norm_curves, singular_value_histograms, toy_contours
 from .study_plan import METRICS, short
 from .study_results import finite, place_of, places
-from .study_tables import UNITS
+from .study_tables import UNITS, diverged
 from .toy_model import toy_landscape
 
 
@@ -50,7 +50,7 @@ def draw(result: dict[str, Any], folder: str | Path) -> list[Path]:
     signals = {row["label"]: {} for row in result["rows"] if row["runs"] and "signal" in row["runs"][0]}
     for row in result["rows"]:
         if row["label"] in signals:
-            signals[row["label"]][next(iter(row["at"].values()), 0)] = row["runs"][0]["signal"]
+            signals[row["label"]][next((value for _, value in place_of(row)), 0)] = row["runs"][0]["signal"]
     for moment in ("start", "end") if signals else ():
         records = {
             form: {at: both[moment] for at, both in of.items() if moment in both} for form, of in signals.items()
@@ -76,9 +76,12 @@ def curves(rows: list[dict[str, Any]], metric: str, path: str | Path) -> Path:
     shown: list[float] = []
     for number, row in enumerate(rows):
         look = _line(number)
-        runs = [points for run in row["runs"] if (points := finite(run["curve"], metric))]
+        whole = [run for run in row["runs"] if run["diverged"] is None]
+        # Of a row of which none came through, what there was until the first one broke.
+        runs = [points for run in whole or row["runs"] if (points := finite(run["curve"], metric))]
+        label = row["label"] + (diverged(row["runs"]) if whole else " (diverged)")
         if not runs:
-            axes[0].plot([], [], **look, label=f"{row['label']} (diverged)")
+            axes[0].plot([], [], **look, label=label)
             continue
         for ax, key in zip(axes, (spent, "training_seconds"), strict=True):
             length = min(map(len, runs))
@@ -86,7 +89,9 @@ def curves(rows: list[dict[str, Any]], metric: str, path: str | Path) -> Path:
             if key == "training_seconds" and row["step_seconds"]:
                 at = [points["step"] * row["step_seconds"] for points in runs[0][:length]]
             values = np.array([[points[place][metric] for points in runs] for place in range(length)])
-            ax.plot(at, values.mean(1), **look, linewidth=1.7, label=row["label"])
+            ax.plot(at, values.mean(1), **look, linewidth=1.7, label=label)
+            if not whole:
+                ax.plot(at[-1:], values.mean(1)[-1:], "x", color=look["color"])
             ax.fill_between(at, values.min(1), values.max(1), color=look["color"], alpha=0.15, linewidth=0)
             shown += values.ravel().tolist()
     if rows[0]["target"] is not None:
@@ -129,7 +134,8 @@ def bars(rows: list[dict[str, Any]], metric: str, path: str | Path) -> Path:
 
 
 def depths(result: dict[str, Any], path: str | Path) -> Path:
-    """What each row ends with, against the word it was run across: mean, range of seeds, a cross where it diverged."""
+    """What each row ends with, against the word it was run across: mean, range of seeds, a cross where one of its runs
+    diverged."""
     names = list(dict.fromkeys(row["label"] for row in result["rows"]))
     values = [place[0][1] for place in places(result)]
     key = short(next(iter(result["rows"][0]["at"]))).replace("_", " ")
@@ -143,7 +149,7 @@ def depths(result: dict[str, Any], path: str | Path) -> Path:
             found = [run["value"] for run in row["runs"] if run["value"] is not None]
             if found:
                 points[place] = found
-            else:
+            if len(found) < len(row["runs"]):
                 lost.append(place)
         at = sorted(points)
         ax.plot(at, [fmean(points[p]) for p in at], **look, marker="o", markersize=4, label=name)

@@ -11,7 +11,7 @@ from .markdown import join
 from .markdown import table as markdown_table
 from .study_plan import METRICS, short
 from .study_results import places, result_name
-from .study_tables import UNITS, baseline_of, lossy, reach, spectrum, speed_up, spread, values
+from .study_tables import UNITS, baseline_of, diverged, lossy, reach, spectrum, speed_up, spread, values
 
 
 OF_THE_PAPER = ("paper", "recipe", "reported for ReZero", "ReZero here", "best other row", "seeds, device", "figure")
@@ -67,6 +67,7 @@ def _line(result: dict[str, Any]) -> list[str]:
                 f"{seeds} seed{'s' if seeds > 1 else ''}",
                 "; ".join(result["device"]),
                 *lossy(result["data"]),
+                *(["not tuned"] if not any(row["chosen"] for row in result["rows"]) else []),
             ]
         ),
         f"[{figure}]({page}/figures/{figure}.png)",
@@ -114,7 +115,7 @@ def _headline(result: dict[str, Any], row: dict[str, Any]) -> str:
         return f"{values(row['runs'], 'value')} {UNITS[result['metric']]}{_reached(result, row)}"
     # As papers on images have it.
     found = [100 * (1 - run["value"]) for run in row["runs"] if run["value"] is not None]
-    end = f"error {spread(found, '{:.1f}')} %" if found else values(row["runs"], "value")
+    end = f"error {spread(found, '{:.1f}')} %{diverged(row['runs'])}" if found else values(row["runs"], "value")
     return f"{end}{_reached(result, row)}"
 
 

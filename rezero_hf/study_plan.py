@@ -163,12 +163,24 @@ def load_study(path: str | Path, size: str = "cpu") -> Study:
         name: Row(**checked(spec or {}, Row, f"{path}: study.rows.{name}")) for name, spec in section["rows"].items()
     }
     study = Study(**{**checked({**section, "rows": rows}, Study, f"{path}: study"), "rows": rows})
+    tuned = {**study.search, **{key: found for row in rows.values() for key, found in row.search.items()}}
+    for word, found in {"rows": rows, "seeds": study.seeds, **tuned}.items():
+        if not found:
+            raise RecipeError(f"{path}: study: {word} is empty.")
     if study.baseline is not None:
         check_names([study.baseline], study.rows, f"{path}: study.baseline")
+    if "ours" in section:
+        check_names([study.ours], study.rows, f"{path}: study.ours")
     if len(study.across) > 1:
         raise RecipeError(f"{path}: study.across has {len(study.across)} keys; a table has one.")
     if study.baseline is not None and any(row.first for row in rows.values()):
         raise RecipeError(f"{path}: study.baseline compares steps, and those of a row with `first` are of two kinds.")
+    # What neither reads text nor goes on by its blocks.
+    other = document.get("task") or (document.get("model") or {}).get("model_type", "rezero") != "rezero"
+    if other and any(row.first for row in rows.values()):
+        raise RecipeError(f"{path}: a row with `first` goes on with the blocks of a language model's text.")
+    if document.get("task") and study.baseline is not None:
+        raise RecipeError(f"{path}: study.baseline times steps, which differ with the rows of a task; leave it out.")
     for key in study.words():
         check_names([key.partition(".")[0]], SECTIONS, f"{path}: study: {key!r}: section")
     # A typo in a row shows before the first hour of training.

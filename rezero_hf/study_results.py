@@ -165,12 +165,13 @@ def ahead_from(ours: dict[str, Any], other: dict[str, Any], metric: str) -> int 
     sign = 1 if METRICS[metric] else -1
     ahead: dict[int, bool] = {}
     for mine, theirs in zip(ours["runs"], other["runs"], strict=True):
-        values = {point["step"]: point[metric] for point in finite(mine["curve"], metric)}
-        for point in theirs["curve"]:
-            # What diverged or is no number is behind.
-            found = sign * point[metric] if finite([point], metric) else math.inf
-            here = point["step"] in values and sign * values[point["step"]] < found
-            ahead[point["step"]] = ahead.get(point["step"], True) and here
+        values, others = (
+            {point["step"]: sign * point[metric] for point in finite(run["curve"], metric)} for run in (mine, theirs)
+        )
+        # What is not there or no number, as after diverging, is behind.
+        for step in {point["step"] for run in (mine, theirs) for point in run["curve"]}:
+            here = values.get(step, math.inf) < others.get(step, math.inf)
+            ahead[step] = ahead.get(step, True) and here
     first = None
     for step in sorted(ahead, reverse=True):
         if not ahead[step]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from statistics import fmean, stdev
 from typing import Any
 
+from .diagnostics import zeros_are_resolved
 from .markdown import table as markdown_table
 from .study_plan import short
 from .study_results import ahead_from, place_of, places, result_name
@@ -78,12 +79,15 @@ def study_table(result: dict[str, Any]) -> str:
 
 
 def spectrum(row: dict[str, Any], moment: str) -> tuple[str, str]:
-    """Mean squared singular value of the first seed's input-output Jacobian, and the share of them that is 0."""
+    """Mean squared singular value of the first seed's input-output Jacobian, and the share of them that is 0, where
+    that can be told beside the largest.
+    """
     found = row["runs"][0].get("signal", {}).get(moment)
     if found is None:
         return "", ""
     chi, lost = found["jacobian"]["chi"], found["jacobian"].get("share_zero")
-    return "not finite" if chi is None else f"{chi:.3g}", "" if lost is None else f"{lost:.0%}"
+    share = "" if lost is None else f"{lost:.0%}" if zeros_are_resolved(found["jacobian"]) else "not resolved"
+    return "not finite" if chi is None else f"{chi:.3g}", share
 
 
 def study_card(result: dict[str, Any], figures: Iterable[str]) -> str:
@@ -175,10 +179,15 @@ def baseline_of(result: dict[str, Any], row: dict[str, Any]) -> dict[str, Any] |
 def values(runs: list[dict[str, Any]], word: str) -> str:
     """Mean and spread of the runs that did not diverge, and how many did."""
     found = [run[word] for run in runs if run[word] is not None]
-    lost = sum(run["diverged"] is not None for run in runs)
     if not found:
-        return "diverged" if lost else ""
-    return spread(found, "{:.3f}") + (f" ({lost} of {len(runs)} diverged)" if lost else "")
+        return "diverged" if diverged(runs) else ""
+    return spread(found, "{:.3f}") + diverged(runs)
+
+
+def diverged(runs: list[dict[str, Any]]) -> str:
+    """A remark where some did."""
+    lost = sum(run["diverged"] is not None for run in runs)
+    return f" ({lost} of {len(runs)} diverged)" if lost else ""
 
 
 def reach(runs: list[dict[str, Any]], word: str, form: str = "{:.0f}") -> str:

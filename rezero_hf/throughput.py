@@ -4,7 +4,8 @@ import resource
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -17,6 +18,12 @@ from .flops import flops_per_token, peak_for
 T = TypeVar("T")
 
 
+def forget_peak_memory() -> None:
+    """Let what `peak_memory` says of this process begin now, as far as the system can: Linux can."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 class Throughput:
     """Clock of a training run. Evaluating and saving stop it.
 
@@ -27,7 +34,7 @@ class Throughput:
 
     def __init__(self, args: TrainingArguments, model: nn.Module):
         self._args, self._config = args, model.config
-        self._peak = peak_for(args)
+        self._peak, self._most_memory = peak_for(args), 0
         self.start()
 
     def start(self, run: float = 0.0, interval: float = 0.0, waited: float = 0.0, paused: float = 0.0) -> None:
@@ -101,6 +108,13 @@ class Throughput:
         if self._args.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self._args.device)
             torch.cuda.reset_peak_memory_stats(self._args.device)
-            return peak
-        # Kilobytes everywhere but on a Mac.
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        else:
+            # Kilobytes everywhere but on a Mac.
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        self._most_memory = max(self._most_memory, peak)
+        return peak
+
+    def most_memory(self) -> int:
+        """The most that `peak_memory` has seen, now included."""
+        self.peak_memory()
+        return self._most_memory

@@ -60,6 +60,8 @@ def main(
     checkpoint = checkpoint or trained / "model"
     if not (made := read_record(checkpoint / "run.json")):
         raise UserError(f"{checkpoint} is not what a run left; name a folder like runs/quickstart/model.")
+    if "tokens" not in made:
+        raise UserError(f"{checkpoint} holds no language model; name a folder like runs/quickstart/model.")
 
     result = {"name": "integrations", "size": "cpu", **provenance(torch.device("cpu"))}
     result |= {"checkpoint": f"{made['parameters']:,} parameters after {made['tokens']:,} tokens"}

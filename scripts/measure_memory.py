@@ -26,6 +26,7 @@ from rezero_hf import ReZeroConfig, ReZeroForCausalLM, ReZeroTrainer, ReZeroTrai
 from rezero_hf.cli import run
 from rezero_hf.planning import make_plan
 from rezero_hf.rehearsal import RandomTokens
+from rezero_hf.strict import check_names
 
 
 # Size -> tokens of a sequence, sequences of a pass: seconds to a minute or two on two CPU cores.
@@ -72,6 +73,8 @@ def main(
             row = measure(json.loads(case))
         print(json.dumps(row))
         return
+    if only is not None:
+        check_names([only], SIZES, "--only: size")
     rows = []
     print("| size | precision | optimizer | checkpointing | planned GB | measured GB | planned / measured |")
     print("| --- | --- | --- | --- | --- | --- | --- |")

@@ -34,7 +34,7 @@ def main(
     ] = None,
     output: Annotated[Path | None, typer.Option(help="where the runs go (default runs/NAME)")] = None,
     only: Annotated[str | None, typer.Option(help="run one row alone")] = None,
-    jobs: Annotated[int | None, typer.Option(help="runs at a time (default: the cores; 1 on a GPU)")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="runs at a time (default: the cores; 1 on a GPU)")] = None,
     full: Annotated[bool, typer.Option("--full", help="the paper's size")] = False,
     smoke: Annotated[bool, typer.Option("--smoke", help="every row for a few seconds")] = False,
 ):

@@ -303,11 +303,12 @@ def test_the_script_tunes_and_draws(recipe, tmp_path):
     assert done.stdout.count("| rezero |") == 1
 
 
-def test_no_run_outlives_its_study(recipe, tmp_path):
-    """A study that is killed takes its workers along, also one that first saves what it was doing."""
+@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
+def test_no_run_outlives_its_study(recipe, tmp_path, by):
+    """A study that ends takes its workers along, also one that first saves what it was doing; no further run begins."""
     recipe.write_text(
         TINY.replace("max_steps: 6", "max_steps: 1000000").replace('save_strategy: "no"', "save_strategy: steps")
-        + "study: {item: a test, metric: loss, seeds: [0], rows: {a: {label: a}}}\n"
+        + "study: {item: a test, metric: loss, seeds: [0], rows: {a: {label: a}, b: {label: b}}}\n"
     )
     command = [sys.executable, ROOT / "scripts" / "reproduce.py", recipe, "--jobs", "1", "--output", tmp_path / "runs"]
     study = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -316,10 +317,21 @@ def test_no_run_outlives_its_study(recipe, tmp_path):
     while not (log.exists() and '"event": "eval"' in log.read_text()) and time.monotonic() < deadline:
         time.sleep(0.1)
     workers = psutil.Process(study.pid).children(recursive=True)
-    study.kill()
-    study.wait()
+    study.send_signal(by)
+    study.wait(timeout=60)
     assert workers and not psutil.wait_procs(workers, timeout=60)[1]
     assert '"event": "save"' in log.read_text()
+    assert not (tmp_path / "runs" / "b" / "seed=0" / "metrics.jsonl").exists()
+
+
+def test_a_finished_run_of_other_data_is_not_taken_for_this_one(recipe, tmp_path):
+    run = load_recipe(recipe)
+    run_experiment(run, tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    record["data"]["fingerprint"] = "another"
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="what data names was something else then"):
+        run_experiment(run, tmp_path / "run")
 
 
 def test_a_run_that_cannot_be_made_ends_the_study_with_one_line(recipe, tmp_path):

@@ -178,6 +178,8 @@ def test_ahead_means_for_good_and_with_every_seed():
     ours, other = row([5, 3, 2, 1], [5, 3, 2, 1]), row([6, 4, 3, 2], [6, 4, 1.5, 2])
     assert ahead_from(ours, other, "loss") == 40
     assert ahead_from(ours, row([6, 4, 3, 2], [6, 4, 3, float("nan")]), "loss") == 10
+    assert ahead_from(ours, row([4, 4], [4, 4]), "loss") == 20
+    assert ahead_from(row([4, 4], [4, 4]), ours, "loss") is None
     assert ahead_from(other, ours, "loss") is None
     # Of accuracy more is better.
     accuracy = [{"runs": [{"curve": [{"step": 10, "accuracy": value}]}]} for value in (0.7, 0.6)]
@@ -246,6 +248,10 @@ def test_a_committed_study_is_fair_by_its_words(recipe):
         ("{item: x, rows: {a: {label: a, first: {model.depth: 2}}}}", "key 'depth' is unknown"),
         ("{item: x, rows: {a: {label: a, set: {init_from.grow_to: 4}}}}", "needs init_from.path"),
         ("{item: x, rows: {a: {label: a, first: {model.num_hidden_layers: 2}}}, baseline: a}", "compares steps"),
+        ("{item: x, rows: {}}", "study: rows is empty"),
+        ("{item: x, rows: {a: {label: a}}, seeds: []}", "study: seeds is empty"),
+        ("{item: x, rows: {a: {label: a}}, search: {training.learning_rate: []}}", "training.learning_rate is empty"),
+        ("{item: x, rows: {a: {label: a}}, ours: b}", r"study\.ours 'b' is unknown"),
     ],
 )
 def test_a_mistake_in_a_study_is_one_line(tmp_path, study, message):

@@ -42,7 +42,8 @@ def fixup(branches: Sequence[nn.Module]) -> None:
     """Zhang et al. 2019 (arXiv 1901.09321, section 3): L branches of m convolutions each start at 0, and grow as one.
 
     The last convolution of a branch starts at 0, the others at L^(-1 / (2m - 2)) of their usual scale. The rest of
-    Fixup: `FixupScalars` where norms stood, and a classifier that starts at 0.
+    Fixup: `FixupScalars` where norms stood, and a classifier that starts at 0. Not here: the tenth of the learning rate
+    that the authors of both papers give these scalars; in an optimiser's groups they are vectors like any other.
     """
     for branch in branches:
         *inner, last = (module for module in branch.modules() if isinstance(module, nn.Conv2d))
