@@ -286,3 +286,11 @@ def test_verifying_in_parts(two_sources, small_steps, parts):
     for part in (-1, parts):
         with pytest.raises(ValueError, match=f"part {part} of {parts}"):
             prepared.verify(part, parts)
+
+
+def test_other_text_than_the_first_process_has_is_refused(two_sources):
+    """Two machines, each with a cache of its own, whose files differ."""
+    prepared = prepare(two_sources[0]("one"), BYTES, progress=False)
+    prepared.verify(fingerprint=prepared.fingerprint)
+    with pytest.raises(DataError, match="holds other text or tokens than the 0123 of the first process"):
+        prepared.verify(fingerprint="0123")
