@@ -16,7 +16,7 @@ import xxhash
 from filelock import FileLock
 from huggingface_hub import snapshot_download
 
-from .durable import sync, write_whole
+from .durable import files_in, sync, write_whole
 from .errors import HUB_FAILURES, UserError, one_line
 
 
@@ -199,8 +199,9 @@ def _fetch(source: str, into: Path) -> Path:
     record = verify_checkpoint(found) if local else record_of(found)
     target = into / found.name
     partial = begin_checkpoint(target)
-    shutil.copytree(found, partial, dirs_exist_ok=True)
-    (partial / MANIFEST).unlink()
+    for name in _names(found):
+        (partial / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(found / name, partial / name)
     finish_checkpoint(target, record)
     return target
 
@@ -232,8 +233,7 @@ def remove_checkpoint(folder: Path) -> None:
 
 
 def _names(folder: Path) -> list[str]:
-    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return sorted(name for name in names if name != MANIFEST)
+    return [name for name in files_in(folder) if name != MANIFEST]
 
 
 def _fingerprints(folder: Path, names: list[str]) -> list[dict[str, Any]]:

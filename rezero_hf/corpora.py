@@ -55,7 +55,7 @@ def open_corpus(source: Source, validation_fraction: float, test_fraction: float
     if kind == "enwik8":
         return Enwik8(Path(os.path.expanduser(rest)) if rest else None, cache_dir)
     if kind == "hub":
-        return HubText(rest, source, fractions, cache_dir)
+        return HubText(os.path.expanduser(rest), source, fractions, cache_dir)
     return TextFiles(source.source, fractions, cache_dir)
 
 

@@ -1,4 +1,4 @@
-"""What to train on, and its tokens on disk: corpora to packed shards, opened as memory maps.
+"""What to train on, and its tokens on disk: corpora to packed shards.
 
 `prepare` tokenizes every source once into flat files of token ids, and only opens them from then on. The shards of a
 recipe live in one folder whose name is a fingerprint of the text, the tokenizer and the format, so a changed corpus

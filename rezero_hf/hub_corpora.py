@@ -87,6 +87,9 @@ class HubText(Corpus):
     def _texts(self, rows: Any, split: str) -> Iterator[str]:
         column = self._source.text_column
         with _explained(self.label):
+            # Pictures and sounds beside the text would be decoded too.
+            if column in (rows.column_names or ()):
+                rows = rows.select_columns([column])
             for number, row in enumerate(itertools.islice(rows, self._source.max_documents)):
                 if column not in row:
                     raise DataError(f"{self.label} has no column {column!r}, only {', '.join(row)}: set text_column")
@@ -164,7 +167,7 @@ def load_dataset_builder_or_explain(label: str, *args: Any, **kwargs: Any) -> An
 
 def _located(name: str, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The library takes folders, though not ".", and patterns: a file is its folder, read for that file alone."""
-    path = Path(name).expanduser()
+    path = Path(name)
     if not path.is_file():
         return (name, *args), kwargs
     return (str(path.absolute().parent), *args), {**kwargs, "data_files": glob.escape(path.name)}

@@ -154,7 +154,7 @@ class HubImages(_TypedColumns):
 
     def __init__(self, config: ImageDataConfig, cache_dir: Path) -> None:
         super().__init__(config)
-        self._name = config.source.removeprefix("hub:")
+        self._name = os.path.expanduser(config.source.removeprefix("hub:"))
         self.label = f"hub:{Path(self._name).name if Path(self._name).is_absolute() else self._name}"
         revision = config.revision or (config.known.revision if config.known else None)
         self._version_of = (self.label, self._name, config.config_name, revision)

@@ -48,6 +48,16 @@ def test_a_whole_checkpoint_verifies_and_gives_its_record(tmp_path):
     assert set(found["files"]) == set(FILES)
 
 
+def test_what_a_system_leaves_in_a_folder_is_not_the_checkpoints(tmp_path):
+    """A file browser's and a network file system's files damage nothing, and do not go along."""
+    checkpoint = save(tmp_path, 5)
+    for name in (".DS_Store", "shards/._part-0.bin", ".nfs000000000001", "Thumbs.db"):
+        (checkpoint / name).write_bytes(b"")
+    assert verify_checkpoint(checkpoint)["step"] == 5
+    fetched = fetch_checkpoint(str(checkpoint), tmp_path / "run" / "checkpoints")
+    assert sum(path.is_file() for path in fetched.rglob("*")) == len(FILES) + 1
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [

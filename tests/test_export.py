@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import PartialState
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -236,6 +237,13 @@ def test_a_folder_with_other_files_is_not_replaced(folder, tokenizer, strange):
     with pytest.raises(UserError, match=f"files that no export writes \\({re.escape(strange)}\\)"):
         export_folder(tiny(), tokenizer, folder)
     assert (folder / strange).read_text() == "work of years"
+
+
+def test_what_a_system_leaves_in_a_folder_is_no_reason_to_keep_it(folder, tokenizer):
+    (folder / "figures").mkdir(exist_ok=True)
+    (folder / "figures" / ".DS_Store").write_bytes(b"")
+    export_folder(tiny(), tokenizer, folder)
+    assert not (folder / "figures" / ".DS_Store").exists()
 
 
 def test_an_export_that_does_not_verify_never_appears(tmp_path, tokenizer):
@@ -462,6 +470,14 @@ def test_a_trained_model_is_rescued_when_publishing_fails(tmp_path, tokenizer):
         raise OSError("No space left on device")
     again = ReZeroForCausalLM.from_pretrained(tmp_path / "rescued")
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_only_the_process_that_saved_speaks_of_a_folder(tmp_path, tokenizer, monkeypatch):
+    """On another one there are no weights, and the reason is raised as it is."""
+    monkeypatch.setattr(PartialState, "is_main_process", False)
+    with pytest.raises(OSError, match="out of reach"), rescue(tiny(), tokenizer, tmp_path / "rescued"):
+        raise OSError("out of reach")
+    assert not (tmp_path / "rescued").exists()
 
 
 IMAGE_RUN = {"name": "tiny", "data": {"source": "digits"}, "results": {"test": {"loss": 0.5, "accuracy": 0.9}}}
