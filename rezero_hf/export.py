@@ -25,7 +25,7 @@ from .errors import UserError
 from .figures import gate_history, gate_map, loss_curve
 from .hub import render_card
 from .runs import read_metrics, read_record
-from .traces import scrub
+from .traces import scrub, scrub_recipe
 from .verification import CheckpointError, verify_folder
 
 
@@ -133,7 +133,7 @@ def write_records(folder: Path, run: dict[str, Any] | None, recipe_text: str | N
         run, recipe_text: as in `export_folder`.
     """
     if recipe_text:
-        write_whole(folder / "recipe.yaml", scrub(recipe_text, names=False))
+        write_whole(folder / "recipe.yaml", scrub_recipe(recipe_text))
     if run:
         write_whole(folder / "run.json", json.dumps(scrub(run), indent=2) + "\n")
 

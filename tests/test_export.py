@@ -313,6 +313,33 @@ def test_ordinary_slashes_are_not_paths(folder, text):
     assert scrub(text) == text
 
 
+@pytest.mark.parametrize(
+    ("text", "published"),
+    [
+        ("/home/mallory/*.txt", "<home>/*.txt"),
+        ("/home/mallory", "<home>"),
+        ("~/*.txt and ~/text.txt", "<home>/*.txt and text.txt"),
+        ("/data/corpus/*.txt", "corpus/*.txt"),
+        ("/net/home/mallory/corpus/**/*.txt", "corpus/**/*.txt"),
+        ("file:///Users/mallory/", "<home>/"),
+    ],
+)
+def test_paths_shrink_to_what_tells_nothing(text, published):
+    """A home folder is called like its person; what a pattern matches in stays apart from it."""
+    assert scrub(text) == published
+    assert scrub(published) == published
+
+
+def test_a_recipe_keeps_its_words_and_loses_names(tmp_path, tokenizer, monkeypatch):
+    """The account is called like a key and like what somebody named after it: only that goes, and is found."""
+    monkeypatch.setenv("LOGNAME", "source")
+    recipe = "data:\n  sources:\n  - source: texts/source.txt\n  tokenizer: bytes\ntraining:\n  report_to: source\n"
+    folder = export_folder(tiny(), tokenizer, tmp_path / "m", recipe_text=recipe)
+    assert (folder / "recipe.yaml").read_text() == recipe.replace("source.txt", "<user>.txt")
+    (folder / "recipe.yaml").write_text(recipe)
+    assert problems(folder) == ["recipe.yaml: holds this machine's user name, source"]
+
+
 def test_names_and_tokens_are_refused(folder, monkeypatch):
     """The host's name, the account's name and an access token are found; a Hub id or a signature is not a leak."""
     monkeypatch.setenv("LOGNAME", "mallory")
