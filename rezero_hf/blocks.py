@@ -37,11 +37,15 @@ class TrainBlocks(Dataset):
         seed: another seed, another order.
         num_blocks: blocks in the whole run: steps x global batch size.
 
+    Attributes:
+        fingerprint: of the text; a run goes on with the same one alone.
+
     Raises:
         DataError: a source does not give one block of training text.
     """
 
     def __init__(self, prepared: PreparedData, seed: int, num_blocks: int) -> None:
+        self.fingerprint = prepared.fingerprint
         self._block_size, self._seed, self._num_blocks = prepared.config.block_size, seed, num_blocks
         self._first = 0
         weights = [source.weight for source in prepared.config.sources]

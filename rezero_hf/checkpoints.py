@@ -9,14 +9,15 @@ import json
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import xxhash
 from filelock import FileLock
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 
-from .durable import sync, write_whole
+from .durable import files_in, sync, write_whole
 from .errors import HUB_FAILURES, UserError, one_line
 
 
@@ -179,14 +180,12 @@ def _fetch(source: str, into: Path) -> Path:
     if local:
         found, skipped = Path(source).absolute(), []
     else:
-        repository, _, revision = source.partition("@")
         try:
-            snapshot = snapshot_download(repository, revision=revision or None, allow_patterns="checkpoint-*/**")
+            found, skipped = _newest_on_hub(*source.partition("@")[::2])
         except HUB_FAILURES as error:
             raise UserError(
                 f"{source} is neither a folder nor a Hub repository that can be read ({one_line(error)})"
             ) from error
-        found, skipped = newest_complete(snapshot)
         if found is not None and any(found.rglob(".metadata")):
             raise UserError(
                 f"{source}: {found.name} is in shards, whose description torch reads as a pickle, and that runs code: "
@@ -199,10 +198,30 @@ def _fetch(source: str, into: Path) -> Path:
     record = verify_checkpoint(found) if local else record_of(found)
     target = into / found.name
     partial = begin_checkpoint(target)
-    shutil.copytree(found, partial, dirs_exist_ok=True)
-    (partial / MANIFEST).unlink()
+    for name in _names(found):
+        (partial / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(found / name, partial / name)
     finish_checkpoint(target, record)
     return target
+
+
+def _newest_on_hub(repository: str, revision: str) -> tuple[Path | None, list[str]]:
+    """`newest_complete` of a repository, of which no older checkpoint is downloaded."""
+    try:
+        head = HfApi().model_info(repository, revision=revision or None)
+        names = {file.rfilename.partition("/")[0] for file in head.siblings or ()}
+        commit, names = head.sha, sorted(filter(_NAME.fullmatch, names), key=step_of, reverse=True)
+    except HUB_FAILURES:
+        # Without a network an earlier download will do; what else is wrong the next request says too.
+        commit, names = revision or None, ["checkpoint-*"]
+    skipped: list[str] = []
+    for name in names:
+        snapshot = snapshot_download(repository, revision=commit, allow_patterns=f"{name}/**")
+        found, skipped = newest_complete(snapshot)
+        # One that is older was downloaded at another time, and there may be a newer one.
+        if found is not None and fnmatch(found.name, name):
+            return found, skipped
+    return None, skipped
 
 
 def rotate(folder: Path, step: int, limit: int | None, best: str | None = None) -> None:
@@ -232,8 +251,7 @@ def remove_checkpoint(folder: Path) -> None:
 
 
 def _names(folder: Path) -> list[str]:
-    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return sorted(name for name in names if name != MANIFEST)
+    return [name for name in files_in(folder) if name != MANIFEST]
 
 
 def _fingerprints(folder: Path, names: list[str]) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ import platform
 import sysconfig
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,10 +29,12 @@ from .sources import (
     held_out_names,
     in_pieces,
     memory_file,
+    read_once,
     read_pieces,
     recall,
     remember,
     shares_window,
+    signature,
 )
 
 
@@ -55,7 +57,7 @@ def open_corpus(source: Source, validation_fraction: float, test_fraction: float
     if kind == "enwik8":
         return Enwik8(Path(os.path.expanduser(rest)) if rest else None, cache_dir)
     if kind == "hub":
-        return HubText(rest, source, fractions, cache_dir)
+        return HubText(os.path.expanduser(rest), source, fractions, cache_dir)
     return TextFiles(source.source, fractions, cache_dir)
 
 
@@ -91,7 +93,11 @@ class PythonStdlib(Corpus):
         self._paths = dict(sorted(self._paths.items()))
 
     def identity(self) -> dict[str, Any]:
-        memory = memory_file(self._cache_dir, ["python-stdlib", _signature(self._paths.values())])
+        signatures = []
+        for path in self._paths.values():
+            with _reading(path):
+                signatures.append((os.path.abspath(path), signature(path)))
+        memory = memory_file(self._cache_dir, ["python-stdlib", signatures])
         sha256 = recall(memory)
         if sha256 is None:
             digest = hashlib.sha256()
@@ -172,7 +178,9 @@ class TextFiles(Corpus):
                 f"{Path.cwd()})"
             )
         paths = sorted(paths)
-        texts = [(path, found) for path, found in zip(paths, _scan_all(paths, cache_dir), strict=True) if found["size"]]
+        with _reading(path):
+            scanned = read_once(paths, _scan, memory_file(cache_dir, ["files", os.path.abspath(path)]))
+        texts = [(path, found) for path, found in zip(paths, scanned, strict=True) if found["size"]]
         if not texts:
             raise DataError(f"data.sources: {pattern!r} holds no text, only empty files: put text into it or remove it")
         unique = {found["sha256"]: (path, found["size"]) for path, found in texts}
@@ -308,26 +316,8 @@ def _reading(path: Path | None) -> AbstractContextManager:
     )
 
 
-def _signature(paths: Iterable[Path]) -> str:
-    """Changes whenever one of the files is written to, moved or replaced."""
-    stats = []
-    for path in paths:
-        with _reading(path):
-            stats.append((os.path.abspath(path), path.stat()))
-    return repr([(name, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in stats])
-
-
-def _scan_all(paths: list[Path], cache_dir: Path) -> list[dict[str, Any]]:
-    """Size and sha256 of each file, checked to be UTF-8; files unchanged since the last time are not read again."""
-    memory = memory_file(cache_dir, ["files", _signature(paths)])
-    found = recall(memory)
-    if found is None:
-        found = [_scan(path) for path in paths]
-        remember(memory, found)
-    return found
-
-
 def _scan(path: Path) -> dict[str, Any]:
+    """Size and sha256 of a file, checked to be UTF-8."""
     digest, size, decoder = hashlib.sha256(), 0, codecs.getincrementaldecoder("utf-8")()
     with _reading(path), path.open("rb") as file:
         block = b"start"

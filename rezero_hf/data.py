@@ -1,4 +1,4 @@
-"""What to train on, and its tokens on disk: corpora to packed shards, opened as memory maps.
+"""What to train on, and its tokens on disk: corpora to packed shards.
 
 `prepare` tokenizes every source once into flat files of token ids, and only opens them from then on. The shards of a
 recipe live in one folder whose name is a fingerprint of the text, the tokenizer and the format, so a changed corpus
@@ -137,6 +137,11 @@ class PreparedData:
                 raise DataError(f"shard {path} {problem}: {self._way_out}")
 
     @property
+    def fingerprint(self) -> str:
+        """Of text, tokenizer and format: what has the same one is the same, token by token."""
+        return self.index["fingerprint"]
+
+    @property
     def _way_out(self) -> str:
         return f"delete {self.folder} and prepare again"
 
@@ -145,19 +150,22 @@ class PreparedData:
             for split in source["splits"].values():
                 yield from split["shards"]
 
-    def verify(self, part: int = 0, parts: int = 1) -> None:
+    def verify(self, part: int = 0, parts: int = 1, fingerprint: str | None = None) -> None:
         """Read shards and compare their sha256 with the recorded one.
 
         Args:
             part, parts: which share of the shards, from 0, out of how many, so that several processes can divide the
                 work. Default: all shards.
+            fingerprint: what the others prepared, which on another machine may be other text. Default: anything.
 
         Raises:
-            DataError: one differs or cannot be read.
+            DataError: one differs or cannot be read, or this is other text.
             ValueError: there is no such share.
         """
         if not 0 <= part < parts:
             raise ValueError(f"part {part} of {parts}: parts count from 0")
+        if fingerprint not in (None, self.fingerprint):
+            raise DataError(f"{self.folder} holds other text or tokens than the {fingerprint} of the first process")
         for shard in itertools.islice(self._shards(), part, None, parts):
             path = self.folder / shard["file"]
             with explained(f"shard {path} cannot be read", self._way_out), path.open("rb") as file:
@@ -203,7 +211,7 @@ class PreparedData:
             sources.append({"source": label, "weight": line.weight, **source, "splits": splits})
         name = os.path.expanduser(self.config.tokenizer)
         return {
-            "fingerprint": self.index["fingerprint"],
+            "fingerprint": self.fingerprint,
             "tokenizer": {
                 "name": Path(name).name if Path(name).is_absolute() else name,
                 "fingerprint": self.index["tokenizer"]["fingerprint"],

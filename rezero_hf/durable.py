@@ -1,6 +1,7 @@
 """Files that are either whole on disk or not there: synced, then renamed. Folders that one process writes for all."""
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,8 @@ from filelock import FileLock, Timeout
 
 
 T = TypeVar("T")
+# What a file browser knows of a folder, what belongs to a file on another system, what a network still holds open.
+_LEFT_BY_SYSTEMS = re.compile(r"\.DS_Store|\._.*|\.nfs[0-9a-f]+|Thumbs\.db|desktop\.ini")
 
 
 def sync(path: Path) -> None:
@@ -20,6 +23,12 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def files_in(folder: Path) -> list[str]:
+    """The paths inside a folder of all files below it, in order, but for what operating systems leave there unasked."""
+    found = (path for path in folder.rglob("*") if not path.is_dir() and _LEFT_BY_SYSTEMS.fullmatch(path.name) is None)
+    return sorted(path.relative_to(folder).as_posix() for path in found)
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -16,15 +16,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from transformers import AutoConfig, BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from .descriptions import description_of
-from .durable import write_whole
+from .durable import files_in, write_whole
 from .errors import UserError
 from .figures import gate_history, gate_map, loss_curve
 from .hub import render_card
 from .runs import read_metrics, read_record
-from .traces import scrub
+from .traces import scrub, scrub_recipe
 from .verification import CheckpointError, verify_folder
 
 
@@ -53,6 +54,8 @@ EXPORTED = (
     "figures/*.png",
     "README.md",
 )
+# The pictures that are drawn of a run; others in that folder are somebody's.
+FIGURES = ("figures/loss.png", "figures/gates.png")
 
 
 def is_exported(name: str) -> bool:
@@ -130,7 +133,7 @@ def write_records(folder: Path, run: dict[str, Any] | None, recipe_text: str | N
         run, recipe_text: as in `export_folder`.
     """
     if recipe_text:
-        write_whole(folder / "recipe.yaml", scrub(recipe_text, names=False))
+        write_whole(folder / "recipe.yaml", scrub_recipe(recipe_text))
     if run:
         write_whole(folder / "run.json", json.dumps(scrub(run), indent=2) + "\n")
 
@@ -173,12 +176,16 @@ def rescue(
 ) -> Iterator[None]:
     """Save the bare model to `folder` if the body fails: a trained model is not lost to a full disk or a broken figure.
 
+    On several processes the main one saves; what fails on another is raised there as it is.
+
     Raises:
         UserError: the body failed; says why and where the weights are.
     """
     try:
         yield
     except Exception as error:
+        if not PartialState().is_main_process:
+            raise
         model.save_pretrained(folder, state_dict=state_dict)
         processor.save_pretrained(folder)
         raise UserError(
@@ -229,7 +236,7 @@ def temporarily(target: Any, **values: Any) -> Iterator[None]:
 
 def _write_figures(metrics: list[dict], folder: Path, measure: str) -> list[str]:
     """Draw what the rows hold; returns the paths inside the folder of the pictures that are there then."""
-    loss, gates = folder / "figures" / "loss.png", folder / "figures" / "gates.png"
+    loss, gates = (folder / name for name in FIGURES)
     if metrics and find_spec("matplotlib") is None:
         logger.warning("The folder gets no new figures: matplotlib is not installed (pip install matplotlib).")
     else:
@@ -254,11 +261,7 @@ def _recover(folder: Path, partial: Path, previous: Path) -> None:
 def _refuse_strange_files(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; choose another folder to export to")
-    strange = [
-        name
-        for name in (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if not path.is_dir())
-        if not is_exported(name)
-    ]
+    strange = [name for name in files_in(folder) if not is_exported(name)]
     if strange:
         raise UserError(
             f"{folder} holds files that no export writes ({', '.join(strange[:4])}) and is not replaced; "

@@ -3,13 +3,26 @@
 import glob
 import hashlib
 import itertools
+import json
 import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from .sources import Corpus, DataError, Piece, Source, explained, in_pieces, memory_file, recall, remember
+from .sources import (
+    Corpus,
+    DataError,
+    Piece,
+    Source,
+    explained,
+    in_pieces,
+    memory_file,
+    read_once,
+    recall,
+    remember,
+    sha256_of,
+)
 
 
 # In the order in which they are read: what is held out must be known before training text is handed out.
@@ -87,6 +100,9 @@ class HubText(Corpus):
     def _texts(self, rows: Any, split: str) -> Iterator[str]:
         column = self._source.text_column
         with _explained(self.label):
+            # Pictures and sounds beside the text would be decoded too.
+            if column in (rows.column_names or ()):
+                rows = rows.select_columns([column])
             for number, row in enumerate(itertools.islice(rows, self._source.max_documents)):
                 if column not in row:
                     raise DataError(f"{self.label} has no column {column!r}, only {', '.join(row)}: set text_column")
@@ -115,27 +131,43 @@ def _carve(digest: int, fractions: dict[str, float]) -> str:
 def current_version(label: str, name: str, config_name: str | None, revision: str | None, memory: Path) -> str:
     """The commit that a data set's revision points to now; without a network, the one it pointed to last time.
 
-    Of a local folder it is a hash of its files. A revision that is a commit is not asked for twice.
+    Of a local folder it is a hash of what its files hold. A revision that is a commit is not asked for twice.
 
     Args:
         label: what messages call it.
         name, config_name, revision: as `load_dataset` takes them.
-        memory: the `memory_file` that remembers the answer.
+        memory: the `memory_file` that remembers the answer, or the hashes of local files.
 
     Raises:
         DataError: it cannot be read, and never could.
     """
+    if Path(name).exists():
+        builder = load_dataset_builder_or_explain(label, name, config_name, revision=revision)
+        with _explained(label):
+            return _hash_of_files(builder, Path(name), memory)
     known = recall(memory)
     if known and re.fullmatch("[0-9a-f]{40}", revision or ""):
         return known
     try:
         version = load_dataset_builder_or_explain(label, name, config_name, revision=revision).hash
     except DataError:
-        if Path(name).exists() or not known:
+        if not known:
             raise
         return known
     remember(memory, version)
     return version
+
+
+def _hash_of_files(builder: Any, path: Path, memory: Path) -> str:
+    """The library's own hash knows of files that a README names only their pattern, and of others where they lie."""
+    splits = {str(split): list(map(str, files)) for split, files in (builder.config.data_files or {}).items()}
+    folder = path.parent if path.is_file() else path
+    about = (folder / name for name in ("README.md", ".huggingface.yaml", "dataset_infos.json"))
+    splits["about"] = [str(file) for file in about if file.is_file()]
+    here = sorted({Path(file) for files in splits.values() for file in files if Path(file).is_file()})
+    hashes = dict(zip(map(str, here), read_once(here, sha256_of, memory), strict=True))
+    content = {split: [hashes.get(file, file) for file in files] for split, files in splits.items()}
+    return hashlib.sha256(json.dumps([builder.name, content]).encode()).hexdigest()[:32]
 
 
 def load_version(
@@ -143,6 +175,11 @@ def load_version(
 ) -> Any:
     """`load_dataset` at what `current_version` said, whatever the revision points to by now."""
     on_hub = re.fullmatch("[0-9a-f]{40}", version) and not Path(name).exists()
+    if Path(name).exists():
+        import datasets
+
+        # Its own copy, too, may be of files that have changed since.
+        kwargs["cache_dir"] = str(Path(datasets.config.HF_DATASETS_CACHE) / version)
     return load_dataset_or_explain(label, name, config_name, revision=version if on_hub else revision, **kwargs)
 
 
@@ -164,7 +201,7 @@ def load_dataset_builder_or_explain(label: str, *args: Any, **kwargs: Any) -> An
 
 def _located(name: str, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The library takes folders, though not ".", and patterns: a file is its folder, read for that file alone."""
-    path = Path(name).expanduser()
+    path = Path(name)
     if not path.is_file():
         return (name, *args), kwargs
     return (str(path.absolute().parent), *args), {**kwargs, "data_files": glob.escape(path.name)}

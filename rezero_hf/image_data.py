@@ -231,12 +231,16 @@ class TrainImages(_Images):
             with `ReZeroTrainingArguments`.
         augmentation: one of `augmentation.AUGMENTATIONS`. Default: the configuration's.
 
+    Attributes:
+        fingerprint: of the images; a run goes on with the same one alone.
+
     Raises:
         DataError: an augmentation that is unknown or lacks its package.
     """
 
     def __init__(self, prepared: PreparedImages, seed: int, length: int, augmentation: str | None = None) -> None:
         super().__init__(prepared, "train")
+        self.fingerprint = prepared.index["fingerprint"]
         self._seed, self._length = seed, length
         self._augmentation = augmentation or prepared.config.augmentation
         check_augmentation(self._augmentation)

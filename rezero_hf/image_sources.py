@@ -1,7 +1,6 @@
 """Where labelled images come from: data sets of the Hub, parquet files, scikit-learn's digits."""
 
 import glob
-import hashlib
 import os
 import re
 from abc import ABC, abstractmethod
@@ -14,7 +13,7 @@ import numpy as np
 
 from .hub_corpora import SPLIT_NAMES, current_version, load_version
 from .image_config import ImageDataConfig
-from .sources import DataError, explained, memory_file
+from .sources import DataError, explained, memory_file, read_once, sha256_of
 
 
 class LabelledImage(NamedTuple):
@@ -53,7 +52,7 @@ def open_images(config: ImageDataConfig, cache_dir: Path) -> ImageSource:
         DataError: there is no such file, or scikit-learn is missing.
     """
     if config.path is not None:
-        return ImageFiles(config)
+        return ImageFiles(config, cache_dir)
     return Digits() if config.source == "digits" else HubImages(config, cache_dir)
 
 
@@ -154,7 +153,7 @@ class HubImages(_TypedColumns):
 
     def __init__(self, config: ImageDataConfig, cache_dir: Path) -> None:
         super().__init__(config)
-        self._name = config.source.removeprefix("hub:")
+        self._name = os.path.expanduser(config.source.removeprefix("hub:"))
         self.label = f"hub:{Path(self._name).name if Path(self._name).is_absolute() else self._name}"
         revision = config.revision or (config.known.revision if config.known else None)
         self._version_of = (self.label, self._name, config.config_name, revision)
@@ -176,8 +175,9 @@ class ImageFiles(_TypedColumns):
 
     way_out = "check the files of data.path"
 
-    def __init__(self, config: ImageDataConfig) -> None:
+    def __init__(self, config: ImageDataConfig, cache_dir: Path) -> None:
         super().__init__(config)
+        self._cache_dir = cache_dir
         self._splits: dict[str, list[Path]] = {}
         for path in self._paths(config.path):
             words = re.split("[^a-z]+", path.stem.lower())
@@ -201,8 +201,10 @@ class ImageFiles(_TypedColumns):
     def identity(self) -> dict[str, Any]:
         files = {}
         for split, paths in self._splits.items():
+            memory = memory_file(self._cache_dir, ["image files", [os.path.abspath(path) for path in paths]])
             with explained("data.path cannot be read", self.way_out):
-                files[split] = [{"name": path.name, "sha256": _sha256(path)} for path in paths]
+                digests = read_once(paths, sha256_of, memory)
+            files[split] = [{"name": path.name, "sha256": sha} for path, sha in zip(paths, digests, strict=True)]
         return {"kind": "files", "files": files, **self._columns}
 
     def _load(self) -> dict[str, Any]:
@@ -211,8 +213,3 @@ class ImageFiles(_TypedColumns):
         files = {split: [str(path) for path in paths] for split, paths in self._splits.items()}
         with explained(f"{self.label} cannot be read", self.way_out, kinds=Exception):
             return load_dataset("parquet", data_files=files, streaming=True)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -32,7 +32,8 @@ PROGRESS_NAME = "progress.json"
 # What one thread tokenizes at once, unless a single piece is longer. Meanwhile the library needs up to 200 times as
 # much memory, on every core.
 _ENCODE_BYTES = 256 << 10
-# What a kill costs at most: a durable point is reached after this much text or time, whichever comes first.
+# What a kill costs at most, beside reading up to the place again: a durable point is reached after this much text or
+# time, whichever comes first.
 _DURABLE_BYTES = 256 << 20
 _DURABLE_SECONDS = 30.0
 

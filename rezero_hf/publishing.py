@@ -7,9 +7,8 @@ that the new one does not have leave in it too.
 import random
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from json import JSONDecodeError
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import parse_ratelimit_headers
 
 from .errors import HUB_FAILURES, UserError
+from .export import FIGURES
 from .hub import USER_SECTION, user_section
 
 
@@ -32,7 +32,8 @@ from .hub import USER_SECTION, user_section
 PASSING = {408, 409, 412, 425, 429, 500, 502, 503, 504}
 # Left by an earlier push when the new one lacks them. Any other file may be somebody's.
 STALE = re.compile(
-    r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|figures/[^/]+\.png|checkpoint-\d+/.+"
+    r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
+    rf"|{'|'.join(map(re.escape, FIGURES))}|checkpoint-(?P<step>\d+)/.+"
 )
 # Seconds without a byte after which a connection counts as lost. The client's own default is never.
 READ_TIMEOUT, ACCESS_TIMEOUT = 300.0, 30.0
@@ -89,7 +90,7 @@ def push_folder(
     repository: Repository,
     message: str,
     *,
-    keep: Sequence[str] = (),
+    keep: Callable[[int], bool] = lambda step: False,
     patience: float = 1800.0,
     tell: Callable[[str], None] = lambda line: None,
     api: HfApi | None = None,
@@ -104,7 +105,8 @@ def push_folder(
         folder: what to upload, all of it. It should verify (`verify_folder`); it is not checked here.
         repository: where to.
         message: of the commit.
-        keep: patterns of files in the repository that stay although the folder lacks them.
+        keep: whether a training checkpoint in the repository, by its step, stays although the folder lacks it. Default:
+            none does.
         patience: seconds during which failures that may pass are tried again.
         tell: called with a line before each wait, and for files that go.
         api: the client; default, one made here.
@@ -173,7 +175,7 @@ def _commit(
     files: dict[str, Path],
     repository: Repository,
     message: str,
-    keep: Sequence[str],
+    keep: Callable[[int], bool],
     tell: Callable[[str], None],
     api: HfApi,
 ) -> str:
@@ -188,8 +190,8 @@ def _commit(
             section = _section_on_the_hub(name, head, api, token)
             content = _with_section(path.read_text(encoding="utf-8"), section, name).encode()
         operations.append(CommitOperationAdd(path_in_repo, content))
-    kept = {file for pattern in keep for file in there if fnmatch(file, pattern)}
-    stale = [file for file in sorted(there - files.keys() - kept) if STALE.fullmatch(file)]
+    left = [found for file in sorted(there - files.keys()) if (found := STALE.fullmatch(file))]
+    stale = [found.string for found in left if found["step"] is None or not keep(int(found["step"]))]
     if stale:
         tell(f"push to {repository}: removes {', '.join(stale)}")
     operations += [CommitOperationDelete(file) for file in stale]

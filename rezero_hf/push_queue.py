@@ -8,6 +8,7 @@ is tried like the first. `pushes.jsonl` beside the run says of every push which 
 import dataclasses
 import itertools
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -19,7 +20,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import HubStrategy
 
 from .callbacks import append_row
-from .checkpoints import step_of
+from .checkpoints import checkpoints_in, step_of
 from .errors import UserError
 from .launching import end_with_parent, outside_the_launch
 from .publishing import Repository, push_folder
@@ -62,6 +63,8 @@ class PushQueue(TrainerCallback):
         self._running: dict[str, Any] = {}
         self._rows_before = 0
         self._waiting: dict[str, Any] | None = None
+        self._unsent: list[Path] = []
+        self._goes_on_from = 0
         self._newest: Path | None = None
         self._count = itertools.count()
         for left_by_a_kill in self.staging.glob(".push-*"):
@@ -103,6 +106,7 @@ class PushQueue(TrainerCallback):
 
     def resumed(self, checkpoint: Path) -> None:
         """Have the checkpoint that a run goes on from pushed, unless the journal knows it to be on the Hub."""
+        self._goes_on_from = step_of(checkpoint)
         there = [row["step"] for row in self.rows() if "commit" in row and row.get("to") == self._to()]
         if step_of(checkpoint) > max(there, default=0):
             self.saved(checkpoint)
@@ -122,9 +126,7 @@ class PushQueue(TrainerCallback):
             shutil.rmtree(folder, ignore_errors=True)
             return
         if self._waiting is not None:
-            if self.strategy == HubStrategy.ALL_CHECKPOINTS:
-                _take_over(Path(self._waiting["staged"]) / "beside", folder / "beside")
-            shutil.rmtree(self._waiting["staged"], ignore_errors=True)
+            self._give_up(self._waiting)
         self._waiting = {"staged": str(folder), "step": step, "message": message or f"Step {step}"}
         self._advance()
 
@@ -160,6 +162,8 @@ class PushQueue(TrainerCallback):
         if self._process is not None:
             self._wait_or_end(timeout + LAST_WORDS)
             self._advance()
+        while self._unsent:
+            shutil.rmtree(self._unsent.pop(), ignore_errors=True)
         rows = self.rows()[-1:]
         if not rows:
             return None
@@ -187,17 +191,24 @@ class PushQueue(TrainerCallback):
                 return
             if not self._is_noted():
                 self._note(self._running["step"], f"the process that pushes ended with {self._process.returncode}")
-            shutil.rmtree(self._running["staged"], ignore_errors=True)
+            if self._is_noted() and self.arrived:
+                shutil.rmtree(self._running["staged"], ignore_errors=True)
+            else:
+                self._give_up(self._running)
             self._process = None
         if self._waiting is None:
             return
         self._running, self._waiting = self._waiting, None
+        while self._unsent:
+            _take_over(self._unsent.pop(), Path(self._running["staged"]))
         self._rows_before = len(self.rows())
+        steps, up_to = self._kept()
         request = {
             **self._running,
             "to": self._to(),
             "journal": str(self.journal),
-            "keep": self._kept(),
+            "keep": steps,
+            "keep_up_to": up_to,
             "patience": patience,
             "repository": {**dataclasses.asdict(self.repository), "token": None},
         }
@@ -212,16 +223,26 @@ class PushQueue(TrainerCallback):
             )
         except OSError as error:
             self._note(self._running["step"], f"no process to push from: {error.strerror}")
-            shutil.rmtree(self._running["staged"], ignore_errors=True)
+            self._give_up(self._running)
 
-    def _kept(self) -> list[str]:
-        """Checkpoints on the Hub that stay: another run's would be gone on from by mistake."""
+    def _give_up(self, save: dict[str, Any]) -> None:
+        """Let go of a save that did not arrive; where all checkpoints are wanted, the next push takes along its own."""
+        if self.strategy == HubStrategy.ALL_CHECKPOINTS:
+            self._unsent.append(Path(save["staged"]))
+        else:
+            shutil.rmtree(save["staged"], ignore_errors=True)
+
+    def _kept(self) -> tuple[list[int], float]:
+        """Checkpoints on the Hub that stay, by step and up to a step; another run's would be gone on from by mistake.
+
+        Those up to the step that this run went on from are its own, whichever machine's journal knows of them.
+        """
         if not self.pushes_checkpoints:
-            return ["checkpoint-*"]
+            return [], math.inf
         if self.strategy == HubStrategy.CHECKPOINT:
-            return []
+            return [], 0
         mine = {name for row in self.rows() if row.get("to") == self._to() for name in row.get("checkpoints", ())}
-        return [f"{name}/*" for name in sorted(mine)]
+        return sorted(map(step_of, mine)), self._goes_on_from
 
     def _to(self) -> str:
         return f"{self.repository} ({self.strategy.value})"
@@ -231,9 +252,11 @@ class PushQueue(TrainerCallback):
 
 
 def _take_over(old: Path, new: Path) -> None:
-    for checkpoint in old.glob("*"):
-        if not (new / checkpoint.name).exists():
-            checkpoint.rename(new / checkpoint.name)
+    """Put the checkpoints of one staged folder into another, wherever its push has left them."""
+    for checkpoint in (*checkpoints_in(old / "beside"), *checkpoints_in(old / "root")):
+        if not (new / "beside" / checkpoint.name).exists():
+            checkpoint.rename(new / "beside" / checkpoint.name)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _record(journal: Path, row: dict[str, Any]) -> None:
@@ -257,7 +280,8 @@ def main() -> None:
         folder = make_publishable(staged, repository.name if "/" in repository.name else None)
         checkpoints = sorted(path.name for path in folder.glob("checkpoint-*"))
         tell = lambda line: print(line, flush=True)  # noqa: E731
-        words = {"keep": request["keep"], "patience": request["patience"], "tell": tell}
+        keep = lambda step: step in request["keep"] or step <= request["keep_up_to"]  # noqa: E731
+        words = {"keep": keep, "patience": request["patience"], "tell": tell}
         pushed = push_folder(folder, repository, request["message"], **words)
         row |= {**dataclasses.asdict(pushed), "checkpoints": checkpoints}
     # Whatever it is, it is for the journal.

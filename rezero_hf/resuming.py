@@ -108,6 +108,13 @@ class ResumableTrainer(Trainer):
                 f"{folder} was trained with {record['sequences_per_step']} sequences a step, this launch has "
                 f"{sequences_per_step(self.args)}: set training.global_batch_size={record['sequences_per_step']}."
             )
+        data, now = record.get("data"), self._data()
+        # A checkpoint of an older version does not say, nor does every data set.
+        if None not in (data, now) and data != now:
+            raise UserError(
+                f"{folder} was trained on other data ({data}, now {now}): files, a tokenizer or, for python-stdlib, "
+                "Python have changed; put them back as they were, or start a new run."
+            )
         if is_sharded(record["sharding"]) != self.is_fsdp_enabled or record["state_dict"] != self._state_dict_kind():
             now = f"under FSDP ({self._state_dict_kind()})" if self.is_fsdp_enabled else "not under FSDP"
             raise UserError(
@@ -172,11 +179,16 @@ class ResumableTrainer(Trainer):
             "resumable": self._saves_everything(),
             "world_size": self.args.world_size,
             "sequences_per_step": sequences_per_step(self.args),
+            "data": self._data(),
             "sharding": sharding_of(self.model_wrapped),
             "state_dict": self._state_dict_kind(),
         }
         finish_checkpoint(folder, record)
         rotate(folder.parent, self.state.global_step, self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    def _data(self) -> str | None:
+        """The fingerprint of what is trained on, of data sets that have one."""
+        return getattr(self.train_dataset, "fingerprint", None)
 
     def _saves_everything(self) -> bool:
         """`save_only_model` is for checkpoints along the way; the last one before a stop is there to go on from."""

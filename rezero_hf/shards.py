@@ -1,6 +1,7 @@
 """Packed shards: flat files of token ids with an end-of-document mark after each document, which an index vouches for.
 
-They are written once, by `packing.py`, and read through memory maps.
+They are written once, by `packing.py`, and opened for each read: a file that stays open is a descriptor, and a run over
+more shards than a process may hold of those would end.
 """
 
 import hashlib
@@ -85,7 +86,7 @@ class ShardWriter:
 
 
 class TokenStream:
-    """All tokens of one split of one source, read from its memory-mapped shards as if they were one array.
+    """All tokens of one split of one source, read from its shards as if they were one array.
 
     Raises:
         DataError: an id is above the highest that was written, so the shard is damaged. It says so before a model
@@ -97,14 +98,9 @@ class TokenStream:
         self._max_id = split["max_id"]
         self._starts = np.cumsum([0] + [shard["tokens"] for shard in split["shards"]])
         self._dtype, self._separator = np.dtype(dtype), separator
-        self._maps: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
         return int(self._starts[-1])
-
-    # Loader processes open their own maps; a pickled map would be a copy of the whole shard.
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": {}}
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Token ids `start` to `stop` as int64. Position -1 holds the separator that precedes the first document."""
@@ -112,12 +108,11 @@ class TokenStream:
         start, stop = max(start, 0), min(stop, len(self))
         while start < stop:
             shard = int(np.searchsorted(self._starts, start, side="right")) - 1
-            if shard not in self._maps:
-                self._maps[shard] = np.memmap(self._paths[shard], dtype=self._dtype, mode="r")
-            end = min(stop, int(self._starts[shard + 1]))
-            part = self._maps[shard][start - self._starts[shard] : end - self._starts[shard]]
+            path, end = self._paths[shard], min(stop, int(self._starts[shard + 1]))
+            with path.open("rb") as file:
+                file.seek((start - int(self._starts[shard])) * self._dtype.itemsize)
+                part = np.frombuffer(file.read((end - start) * self._dtype.itemsize), self._dtype)
             if (highest := int(part.max())) > self._max_id:
-                path = self._paths[shard]
                 raise DataError(
                     f"shard {path} is damaged: it holds token id {highest}, but none above {self._max_id} was written: "
                     f"delete {path.parent} and prepare again"

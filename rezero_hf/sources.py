@@ -12,18 +12,20 @@ import math
 import os
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
+from filelock import FileLock
 
 from .durable import write_whole
 from .errors import UserError
 
 
+T = TypeVar("T")
 SPLITS = ("train", "validation", "test")
 # A document longer than this is handed out in pieces of about this many bytes, cut at line ends where there are any.
 PIECE_BYTES = 1 << 20
@@ -230,6 +232,52 @@ def remember(memory: Path, value: Any) -> None:
     """
     with suppress(OSError):
         write_whole(memory, json.dumps({"value": value}))
+
+
+def signature(path: Path) -> list[int]:
+    """Changes whenever the file is written to or replaced."""
+    stat = path.stat()
+    return [stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file's content, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_once(paths: list[Path], read: Callable[[Path], T], memory: Path) -> list[T]:
+    """What `read` finds out about each file (JSON), remembered for those that have not changed since.
+
+    One process reads; others that want to know the same wait for it, and then find what it has remembered.
+    """
+    names = {os.path.abspath(path): signature(path) for path in paths}
+
+    def remembered() -> dict[str, T]:
+        before = recall(memory)
+        entries = before.items() if isinstance(before, dict) else ()
+        return {name: value for name, (signed, value) in entries if names.get(name) == signed}
+
+    found = remembered()
+    if len(found) < len(names):
+        with _alone(memory):
+            found = remembered()
+            found = {name: found[name] if name in found else read(Path(name)) for name in names}
+            remember(memory, {name: [signed, found[name]] for name, signed in names.items()})
+    return [found[os.path.abspath(path)] for path in paths]
+
+
+@contextmanager
+def _alone(memory: Path) -> Iterator[None]:
+    """Let one process in at a time, where a lock can be made: a cache that cannot be written has none."""
+    lock = FileLock(memory.with_suffix(".lock"))
+    with suppress(OSError, NotImplementedError):
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def recall(memory: Path) -> Any:

@@ -4,6 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
+from .durable import files_in
 from .errors import UserError
 from .export import describe_folder, is_exported, write_records
 from .runs import read_record
@@ -25,19 +26,17 @@ def stage(source: Path, into: Path, checkpoint: Path | None = None) -> Path:
         `into`, for `make_publishable`.
     """
     shutil.rmtree(into, ignore_errors=True)
-    for path in _files(source):
-        name = path.relative_to(source)
-        if is_exported(name.as_posix()):
-            take = _link if path.suffix == ".safetensors" else shutil.copyfile
-            _make(into / "root" / name, path, take)
-    for path in _files(checkpoint) if checkpoint is not None else ():
-        _make(into / "beside" / checkpoint.name / path.relative_to(checkpoint), path, _link)
+    for name in files_in(source):
+        if is_exported(name):
+            _make(into / "root" / name, source / name, _link if name.endswith(".safetensors") else shutil.copyfile)
+    for name in files_in(checkpoint) if checkpoint is not None else ():
+        _make(into / "beside" / checkpoint.name / name, checkpoint / name, _link)
     return into
 
 
 def left_out(source: Path) -> list[str]:
     """Files of a folder that a push of it does not take."""
-    return [name for path in _files(source) if not is_exported(name := path.relative_to(source).as_posix())]
+    return [name for name in files_in(source) if not is_exported(name)]
 
 
 def make_publishable(staged: Path, repo_id: str | None = None) -> Path:
@@ -60,10 +59,6 @@ def make_publishable(staged: Path, repo_id: str | None = None) -> Path:
         verify_text(checkpoint)
         checkpoint.rename(root / checkpoint.name)
     return root
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def _make(target: Path, source: Path, take) -> None:

@@ -9,9 +9,15 @@ from typing import Any
 
 # An absolute path of two parts or more, or of one telling part; not the inside of a URL or of a relative path.
 ABSOLUTE_PATH = re.compile(
-    r"(?<![\w./~<*-])(?:file://)?(?:~?/[\w.+@-]+(?:/[\w.+@-]*)+|~?/(?:home|root|Users|tmp|mnt|data|scratch)\b|~/)"
+    r"(?<![\w./~<*-])(?:file://)?"
+    r"(?:~?/[\w.+@-]+(?:/[\w.+@-]*)+|~?/(?:home|root|Users|tmp|mnt|data|scratch)\b|~/[\w.+@-]*)"
     r"|\b[A-Za-z]:\\+Users\b"
 )
+# Called like the person whose it is.
+HOME_FOLDER = re.compile(r"~|/root|.*/(?:home|Users)/[^/]+")
+# The sections of a recipe in which people name their own things, and of such a line what is no word of ours.
+NAMED_BY_PEOPLE = re.compile(r"(?ms)^(?:data|init_from):\s.*?(?=^\S|\Z)")
+_LINE = re.compile(r"(?m)^(?P<key>[ -]*+(?:\w+:(?= |$))?+)(?P<value>.*)$")
 TOKEN = re.compile(r"\b(?:hf_|ghp_|github_pat_|glpat-|sk-|AKIA)[A-Za-z0-9_-]{16,}")
 # Account and host names that identify nobody, or are ordinary words in a recipe or a card.
 NAMES_OF_NOBODY = {
@@ -19,7 +25,7 @@ NAMES_OF_NOBODY = {
     "node", "server", "worker", "data", "model", "train", "training", "python", "torch", "rezero", "alpha", "main",
 }  # fmt: skip
 OWN_WORDS = {
-    *("README.md", "recipe.yaml", "config.json", "generation_config.json"),
+    *("README.md", "config.json", "generation_config.json"),
     *("tokenizer_config.json", "preprocessor_config.json"),
 }
 PERSONAL_KEYS = {"user", "username", "login", "host", "hostname", "node", "nodename", "fqdn", "cwd", "home"}
@@ -28,13 +34,12 @@ PERSONAL_KEYS = {"user", "username", "login", "host", "hostname", "node", "noden
 def scrub(record: Any, names: bool = True) -> Any:
     """Copy a record without what only the machine it was made on needs to know.
 
-    Absolute paths shrink to their last part, names of user and host become `<user>` and `<host>`, and fields that hold
-    one of them or a directory of theirs are dropped.
+    Absolute paths shrink to their last part and home folders to `<home>`, names of user and host become `<user>` and
+    `<host>`, and fields that hold one of them or a directory of theirs are dropped.
 
     Args:
         record: Text, or anything JSON can hold.
-        names: Also replace the names of user and host. Not for text that is read again, such as a recipe: a host may
-            be called like one of its words.
+        names: Also replace the names of user and host.
     """
     if isinstance(record, dict):
         return {key: scrub(value, names) for key, value in record.items() if str(key).lower() not in PERSONAL_KEYS}
@@ -42,11 +47,28 @@ def scrub(record: Any, names: bool = True) -> Any:
         return [scrub(value, names) for value in record]
     if not isinstance(record, str):
         return record
-    text = ABSOLUTE_PATH.sub(lambda found: found.group().rstrip("/\\").rpartition("/")[2] or "<home>", record)
+    text = ABSOLUTE_PATH.sub(_shortened, record)
     text = TOKEN.sub("<token>", text)
     for kind, name in _own_names() if names else ():
         text = re.sub(_whole(name), f"<{kind}>", text)
     return text
+
+
+def scrub_recipe(text: str) -> str:
+    """`scrub` for a recipe as it is saved: names are replaced where people chose the words, in data and init_from.
+
+    Elsewhere a host may be called like one of the package's words.
+    """
+    line = lambda found: found["key"] + scrub(found["value"])  # noqa: E731
+    return NAMED_BY_PEOPLE.sub(lambda section: _LINE.sub(line, section.group()), scrub(text, names=False))
+
+
+def _shortened(found: re.Match) -> str:
+    """The last part of a path, and the slash after it where a pattern follows."""
+    path = found.group().removeprefix("file://")
+    whole = path.rstrip("/\\")
+    last = "<home>" if HOME_FOLDER.fullmatch(whole) or whole == str(Path.home()) else whole.rpartition("/")[2]
+    return last + path[len(whole) :]
 
 
 def find_traces(path: Path, name: str) -> list[str]:
@@ -75,7 +97,10 @@ def find_traces(path: Path, name: str) -> list[str]:
     for found in ABSOLUTE_PATH.finditer(text):
         problems.append(f"{name}:{text.count(chr(10), 0, found.start()) + 1}: holds an absolute path, {found.group()}")
     # What the package writes from its own words is not searched for names: a host may be called like one of them.
-    if path.suffix == ".py" or name in OWN_WORDS:
+    if name == "recipe.yaml":
+        sections = NAMED_BY_PEOPLE.findall(text)
+        text = "\n".join(line["value"] for section in sections for line in _LINE.finditer(section))
+    elif path.suffix == ".py" or name in OWN_WORDS:
         return problems
     if name == "run.json":
         text = "\n".join(re.findall(r':\s*"([^"]*)"', text))

@@ -17,7 +17,7 @@ from rezero_hf.cli import run
 from rezero_hf.descriptions import described_class
 from rezero_hf.export import export_folder
 from rezero_hf.opening import load_processor
-from rezero_hf.runs import read_metrics
+from rezero_hf.runs import read_metrics, read_record
 from rezero_hf.starting import SHARDS
 
 
@@ -39,11 +39,12 @@ def main(
         model.load_state_dict(weights)
     else:
         model = model_class.from_pretrained(checkpoint, trust_remote_code=False)
-    recipe = checkpoint.absolute().parents[1] / "recipe.yaml"
+    recipe = checkpoint / "recipe.yaml"
     export_folder(
         model,
         load_processor(AutoProcessor, checkpoint, str(checkpoint), "tokenizer or image processor"),
         output,
+        run=read_record(checkpoint / "run.json"),
         metrics=read_metrics(checkpoint / "metrics.jsonl") if (checkpoint / "metrics.jsonl").exists() else None,
         recipe_text=recipe.read_text(encoding="utf-8") if recipe.exists() else None,
     )

@@ -53,7 +53,8 @@ def main(
     try:
         prepared = prepare(config, text_tokenizer)
     except KeyboardInterrupt:
-        typer.echo("interrupted: the same command goes on, and repeats half a minute of work at most", err=True)
+        line = "interrupted: the same command goes on; it reads text again, but tokenizes half a minute of it at most"
+        typer.echo(line, err=True)
         sys.exit(INTERRUPTED)
     seconds = time.perf_counter() - started
     for split in SPLITS:

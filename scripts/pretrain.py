@@ -21,6 +21,7 @@ from rezero_hf.blocks import EvalBlocks, TrainBlocks, held_out_blocks
 from rezero_hf.checkpoints import fetch_checkpoint
 from rezero_hf.cli import run
 from rezero_hf.data import prepare
+from rezero_hf.durable import write_whole
 from rezero_hf.errors import UserError
 from rezero_hf.export import export_folder, rescue
 from rezero_hf.farewell import farewell, sample
@@ -85,7 +86,9 @@ def main(
         return
     # Whoever comes second waits for the lock of the first, which no collective times out on.
     prepared = prepare(plan.data, tokenizer, progress=main_process)
-    everywhere(lambda: prepared.verify(args.process_index, args.world_size), "every process has to read the same text")
+    first = on_main(lambda: prepared.fingerprint)
+    way_out = "every process has to read the same text"
+    everywhere(lambda: prepared.verify(args.process_index, args.world_size, first), way_out)
     prepared.check_vocab(config.vocab_size)
     args.max_steps = training_steps(args, prepared)
     blocks_per_step = sequences_per_step(args)
@@ -168,7 +171,7 @@ def main(
             model, tokenizer, output / "model", run=record, metrics=metrics, recipe_text=resolved, state_dict=whole
         )
         # The mark of a finished run, so it comes last.
-        (output / "run.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_whole(output / "run.json", json.dumps(record, indent=2) + "\n")
 
     print(sample(output / "model", tokenizer, eval_blocks[0]["input_ids"]))
     print(farewell(output / "model", results, args.max_steps))

@@ -48,7 +48,7 @@ def main(
             print(f"nothing was uploaded; --push uploads this to {where}")
             return
         # Training checkpoints there are for somebody to go on from.
-        words = {"keep": ("checkpoint-*",), "patience": 60 * patience, "tell": print}
+        words = {"keep": lambda step: True, "patience": 60 * patience, "tell": print}
         pushed = push_folder(ready, where, message, **words)
         print(f"{where}: commit {pushed.commit}, after {pushed.attempts} attempt(s) and {pushed.seconds:.1f} s")
 

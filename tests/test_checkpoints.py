@@ -48,6 +48,16 @@ def test_a_whole_checkpoint_verifies_and_gives_its_record(tmp_path):
     assert set(found["files"]) == set(FILES)
 
 
+def test_what_a_system_leaves_in_a_folder_is_not_the_checkpoints(tmp_path):
+    """A file browser's and a network file system's files damage nothing, and do not go along."""
+    checkpoint = save(tmp_path, 5)
+    for name in (".DS_Store", "shards/._part-0.bin", ".nfs000000000001", "Thumbs.db"):
+        (checkpoint / name).write_bytes(b"")
+    assert verify_checkpoint(checkpoint)["step"] == 5
+    fetched = fetch_checkpoint(str(checkpoint), tmp_path / "run" / "checkpoints")
+    assert sum(path.is_file() for path in fetched.rglob("*")) == len(FILES) + 1
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -159,8 +169,8 @@ def test_a_damaged_folder_of_the_same_step_is_replaced(tmp_path):
 
 
 def test_the_newest_whole_checkpoint_of_a_repository_is_fetched(hub, tmp_path):
-    """Damaged ones are passed over and named; one in shards, which needs a pickle, is refused; two that fetch get one."""
-    for step in (2, 4):
+    """Damaged ones are passed over, older ones not downloaded; one in shards, which needs a pickle, is refused; two that fetch get one."""
+    for step in (1, 2, 4):
         save(tmp_path / "made", step)
     (tmp_path / "made" / "checkpoint-4" / "optimizer.pt").unlink()
     HfApi().create_repo("me/run")
@@ -169,6 +179,8 @@ def test_the_newest_whole_checkpoint_of_a_repository_is_fetched(hub, tmp_path):
         fetched = fetch_checkpoint("me/run@main", tmp_path / "run" / "checkpoints")
         assert fetched == tmp_path / "run" / "checkpoints" / "checkpoint-2"
         assert verify_checkpoint(fetched)["step"] == 2
+    read = [path for method, path in hub.requests if "/resolve/" in path]
+    assert any("checkpoint-4/" in path for path in read) and not any("checkpoint-1/" in path for path in read)
 
     sharded = begin_checkpoint(tmp_path / "shards" / "checkpoint-6")
     (sharded / ".metadata").write_bytes(b"a pickle")

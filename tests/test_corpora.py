@@ -4,13 +4,14 @@ import hashlib
 import itertools
 import zipfile
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rezero_hf import sources
+from rezero_hf import corpora, sources
 from rezero_hf.corpora import Enwik8, Enwik8Facts, PythonStdlib, open_corpus
 from rezero_hf.sources import SPLITS, DataError, Source, held_out_names, in_pieces, shares_window
 
@@ -246,6 +247,24 @@ def test_bad_paths_and_files(tmp_path):
         assert "\n" not in str(error.value)
 
 
+def test_only_the_file_that_changed_is_read_again(tmp_path, monkeypatch):
+    """Of several processes by one, and the others know what it found; a cache that cannot be written costs only time."""
+    read, scan = [], corpora._scan
+    monkeypatch.setattr(corpora, "_scan", lambda path: read.append(path.name) or scan(path))
+    for name in "abc":
+        (tmp_path / "texts" / f"{name}.txt").parent.mkdir(exist_ok=True)
+        (tmp_path / "texts" / f"{name}.txt").write_text(name)
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda _: corpus_of(tmp_path / "texts", tmp_path / "cache"), range(3)))
+    assert read == ["a.txt", "b.txt", "c.txt"]
+    (tmp_path / "texts" / "b.txt").write_text("other")
+    (tmp_path / "texts" / "d.txt").write_text("new")
+    corpus_of(tmp_path / "texts", tmp_path / "cache")
+    assert read[3:] == ["b.txt", "d.txt"]
+    (tmp_path / "no folder").touch()
+    assert corpus_of(tmp_path / "texts", tmp_path / "no folder").identity()["files"] == 4
+
+
 def test_damaged_memory_is_found_out_again(tmp_path, monkeypatch):
     """What is remembered about files may be empty, cut, unreadable or something else: the files are read again."""
     (tmp_path / "a.py").write_text("x = 1\n")
@@ -253,7 +272,7 @@ def test_damaged_memory_is_found_out_again(tmp_path, monkeypatch):
     for source in ("python-stdlib", tmp_path / "a.py"):
         cache = tmp_path / f"cache-{source == 'python-stdlib'}"
         first = corpus_of(source, cache).identity()
-        (memory,) = (cache / "known").iterdir()
+        (memory,) = (cache / "known").glob("*.json")
         whole = memory.read_bytes()
         for content in (b"", whole[:-1], b"[]", b"{}", b"\xff"):
             memory.write_bytes(content)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import PartialState
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -238,6 +239,13 @@ def test_a_folder_with_other_files_is_not_replaced(folder, tokenizer, strange):
     assert (folder / strange).read_text() == "work of years"
 
 
+def test_what_a_system_leaves_in_a_folder_is_no_reason_to_keep_it(folder, tokenizer):
+    (folder / "figures").mkdir(exist_ok=True)
+    (folder / "figures" / ".DS_Store").write_bytes(b"")
+    export_folder(tiny(), tokenizer, folder)
+    assert not (folder / "figures" / ".DS_Store").exists()
+
+
 def test_an_export_that_does_not_verify_never_appears(tmp_path, tokenizer):
     """A model with a NaN, or a tokenizer that does not fit, gives one line each under the folder's final name."""
     model = tiny(vocab_size=100)
@@ -303,6 +311,33 @@ def test_ordinary_slashes_are_not_paths(folder, text):
     (folder / "notes.txt").write_text(text)
     verify_folder(folder)
     assert scrub(text) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "published"),
+    [
+        ("/home/mallory/*.txt", "<home>/*.txt"),
+        ("/home/mallory", "<home>"),
+        ("~/*.txt and ~/text.txt", "<home>/*.txt and text.txt"),
+        ("/data/corpus/*.txt", "corpus/*.txt"),
+        ("/net/home/mallory/corpus/**/*.txt", "corpus/**/*.txt"),
+        ("file:///Users/mallory/", "<home>/"),
+    ],
+)
+def test_paths_shrink_to_what_tells_nothing(text, published):
+    """A home folder is called like its person; what a pattern matches in stays apart from it."""
+    assert scrub(text) == published
+    assert scrub(published) == published
+
+
+def test_a_recipe_keeps_its_words_and_loses_names(tmp_path, tokenizer, monkeypatch):
+    """The account is called like a key and like what somebody named after it: only that goes, and is found."""
+    monkeypatch.setenv("LOGNAME", "source")
+    recipe = "data:\n  sources:\n  - source: texts/source.txt\n  tokenizer: bytes\ntraining:\n  report_to: source\n"
+    folder = export_folder(tiny(), tokenizer, tmp_path / "m", recipe_text=recipe)
+    assert (folder / "recipe.yaml").read_text() == recipe.replace("source.txt", "<user>.txt")
+    (folder / "recipe.yaml").write_text(recipe)
+    assert problems(folder) == ["recipe.yaml: holds this machine's user name, source"]
 
 
 def test_names_and_tokens_are_refused(folder, monkeypatch):
@@ -462,6 +497,14 @@ def test_a_trained_model_is_rescued_when_publishing_fails(tmp_path, tokenizer):
         raise OSError("No space left on device")
     again = ReZeroForCausalLM.from_pretrained(tmp_path / "rescued")
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_only_the_process_that_saved_speaks_of_a_folder(tmp_path, tokenizer, monkeypatch):
+    """On another one there are no weights, and the reason is raised as it is."""
+    monkeypatch.setattr(PartialState, "is_main_process", False)
+    with pytest.raises(OSError, match="out of reach"), rescue(tiny(), tokenizer, tmp_path / "rescued"):
+        raise OSError("out of reach")
+    assert not (tmp_path / "rescued").exists()
 
 
 IMAGE_RUN = {"name": "tiny", "data": {"source": "digits"}, "results": {"test": {"loss": 0.5, "accuracy": 0.9}}}

@@ -4,6 +4,7 @@ import http.server
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -84,6 +85,28 @@ def test_a_file_is_read_alone_wherever_it_lies(tmp_path, monkeypatch):
     assert sorted(itertools.chain(*found.values())) == sorted(f"rows[1].jsonl {n}" for n in range(20))
 
 
+def test_a_folder_in_the_home_folder(tmp_path, monkeypatch):
+    """Its text, whether there is a network or not, and its name without the path."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_rows(tmp_path / "set" / "train.jsonl", map(str, range(20)))
+    corpus = corpus_of("~/set", tmp_path / "cache")
+    assert corpus.label == "hub:set"
+    assert len(list(itertools.chain(*texts_of(corpus).values()))) == 20
+
+
+@modes
+def test_other_columns_are_not_decoded(tmp_path, streaming):
+    """A picture that nothing can open does not stand in the text's way."""
+    import datasets
+
+    features = datasets.Features({"text": datasets.Value("string"), "image": datasets.Image()})
+    rows = {"text": ["a", "b"], "image": [{"bytes": b"no picture", "path": None}] * 2}
+    (tmp_path / "set").mkdir()
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "set" / "train.parquet")
+    corpus = open_corpus(Source(f"hub:{tmp_path / 'set'}", streaming=streaming), 0, 0, tmp_path / "cache")
+    assert texts_of(corpus)["train"] == ["a", "b"]
+
+
 def test_both_modes_give_the_same(tmp_path):
     """Streaming changes how text travels, not which text it is."""
     write_rows(tmp_path / "set" / "train.jsonl", [f"document {i}" for i in range(50)])
@@ -112,6 +135,24 @@ def test_identity_follows_the_data_and_the_fields(tmp_path):
     write_rows(tmp_path / "set" / "train.jsonl", ["b"])
     assert corpus_of(tmp_path / "set", tmp_path / "cache").identity() != first
     assert str(tmp_path) not in json.dumps(first)
+
+
+@modes
+def test_files_that_a_readme_names_are_followed(tmp_path, streaming):
+    """Their pattern stays the same; what is in them is read anew, and a copy of the folder is the same data set."""
+    (tmp_path / "set").mkdir()
+    card = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: rows/*.jsonl\n---\n"
+    (tmp_path / "set" / "README.md").write_text(card)
+    found = []
+    for text in ("a", "b"):
+        write_rows(tmp_path / "set" / "rows" / "1.jsonl", [text])
+        corpus = open_corpus(Source(f"hub:{tmp_path / 'set'}", streaming=streaming), 0, 0, tmp_path / "cache")
+        found.append((corpus.identity(), texts_of(corpus)["train"]))
+    assert [texts for _, texts in found] == [["a"], ["b"]]
+    assert found[0][0] != found[1][0]
+    shutil.copytree(tmp_path / "set", tmp_path / "elsewhere" / "set")
+    copied = open_corpus(Source(f"hub:{tmp_path / 'elsewhere' / 'set'}", streaming=streaming), 0, 0, tmp_path / "cache")
+    assert copied.identity() == found[1][0]
 
 
 def test_without_a_network_the_last_known_version_counts(tmp_path, monkeypatch):

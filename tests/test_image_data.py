@@ -185,7 +185,7 @@ def test_broken_and_damaged_files(tmp_path, folder):
     cache = tmp_path / "cache"
     with pytest.raises(DataError, match=r"^data.path cannot be read \(cannot identify image file.*: check the files"):
         prepare_images(ImageDataConfig(path=str(tmp_path / "set"), cache_dir=str(cache)), progress=False)
-    assert not [path for path in cache.iterdir() if path.is_dir()]
+    assert {path.name for path in cache.iterdir() if path.is_dir()} == {"known"}
 
     prepared = prepare_images(ImageDataConfig(path=str(folder), cache_dir=str(cache)), progress=False)
     pixels = prepared.folder / "train.pixels"

@@ -8,6 +8,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from test_data import BPE, BYTES, both, config_for
 
@@ -286,3 +287,20 @@ def test_verifying_in_parts(two_sources, small_steps, parts):
     for part in (-1, parts):
         with pytest.raises(ValueError, match=f"part {part} of {parts}"):
             prepared.verify(part, parts)
+
+
+def test_no_shard_stays_open(two_sources, small_steps):
+    """However many there are: a process may hold a thousand files or so."""
+    prepared = prepare(two_sources[0]("one"), BYTES, progress=False)
+    stream, before = prepared.stream("train", 0), psutil.Process().num_fds()
+    assert len(stream.read(0, len(stream))) == len(stream)
+    assert len(list(prepared.folder.glob("train-0-*.bin"))) > 3
+    assert psutil.Process().num_fds() == before
+
+
+def test_other_text_than_the_first_process_has_is_refused(two_sources):
+    """Two machines, each with a cache of its own, whose files differ."""
+    prepared = prepare(two_sources[0]("one"), BYTES, progress=False)
+    prepared.verify(fingerprint=prepared.fingerprint)
+    with pytest.raises(DataError, match="holds other text or tokens than the 0123 of the first process"):
+        prepared.verify(fingerprint="0123")

@@ -60,7 +60,7 @@ def test_data_interrupted(tmp_path, text_file, script, monkeypatch):
         status, said, error = script(*command)
     assert (status, said) == (130, "")
     assert error.splitlines()[1:] == [
-        "interrupted: the same command goes on, and repeats half a minute of work at most"
+        "interrupted: the same command goes on; it reads text again, but tokenizes half a minute of it at most"
     ]
     assert script(*command)[0] == 0
 

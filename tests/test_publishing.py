@@ -121,10 +121,15 @@ def test_killed_between_upload_and_commit_it_leaves_nothing_half(hub, exported, 
 def test_files_of_an_earlier_push_go_and_others_stay(hub, exported):
     """Shards that the new push has not, and the checkpoint before, leave in the same commit; a stranger's files do not."""
     push_folder(exported, WHERE, "Step 10")
-    strangers = {"handler.py", "notes.txt", "model_ema/weights.safetensors", "figures/mine/a.png"}
-    earlier = ["model-00001-of-00002.safetensors", "checkpoint-10/model.safetensors", *sorted(strangers)]
+    strangers = {"handler.py", "notes.txt", "model_ema/weights.safetensors", "figures/diagram.png"}
+    earlier = [
+        "model-00001-of-00002.safetensors",
+        "figures/gates.png",
+        "checkpoint-10/model.safetensors",
+        *sorted(strangers),
+    ]
     HfApi().create_commit(REPO, [CommitOperationAdd(name, b"old") for name in earlier], commit_message="Earlier")
-    push_folder(exported, WHERE, "Step 20", keep=("checkpoint-*",))
+    push_folder(exported, WHERE, "Step 20", keep=lambda step: step == 10)
     there = hub.commits(REPO)[-1].files.keys()
     assert {"checkpoint-10/model.safetensors", *strangers} <= there
     lines = []

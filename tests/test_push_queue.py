@@ -145,12 +145,15 @@ def test_an_image_classifier_is_pushed_and_exported_too(hub, tmp_path, monkeypat
     assert not end.value.code
     for name in ("model.safetensors", "preprocessor_config.json", "modeling_rezero_mlp.py"):
         assert (tmp_path / "exported" / name).read_bytes() == commit.files[name]
+    assert json.loads((tmp_path / "exported" / "run.json").read_text())["name"] == "digits"
+    assert "CC BY 4.0" in (tmp_path / "exported" / "README.md").read_text()
 
 
 # A push that takes the place of the real one where only the queue is looked at: it waits for a file, then notes itself.
 STAND_IN = """
 import json, pathlib, sys, time
 request = json.loads(sys.argv[1])
+beside = sorted(path.name for path in pathlib.Path(request["staged"], "beside").glob("*"))
 gate = pathlib.Path(request["journal"]).parent / f"go-{request['step']}"
 while not gate.exists():
     time.sleep(0.01)
@@ -158,7 +161,7 @@ if gate.read_text() == "die":
     sys.exit(9)
 with open(request["journal"], "a") as journal:
     row = {"step": request["step"], "to": request["to"], "commit": "c" * 40, "attempts": 1, "seconds": 0.0}
-    journal.write("\\n" + json.dumps({**row, "checkpoints": [f"checkpoint-{request['step']}"]}) + "\\n")
+    journal.write("\\n" + json.dumps({**row, "checkpoints": beside}) + "\\n")
 """
 
 
@@ -244,21 +247,48 @@ def test_after_a_restart_the_hub_gets_what_it_lacks(queue, tmp_path):
     assert [row["to"] for row in pushes.rows()] == [f"{REPO} (every_save)", f"{REPO} (checkpoint)"]
 
 
-def test_no_checkpoint_is_left_out_where_all_are_wanted(queue, tmp_path, monkeypatch):
-    """One that waited goes with the next; of an earlier run's there, none would be gone on from by mistake."""
-    requests = []
-    popen = subprocess.Popen
+@pytest.fixture
+def requests(monkeypatch):
+    """What each push is asked for."""
+    asked, popen = [], subprocess.Popen
     monkeypatch.setattr(
-        subprocess, "Popen", lambda command, **kw: requests.append(json.loads(command[-1])) or popen(command, **kw)
+        subprocess, "Popen", lambda command, **kw: asked.append(json.loads(command[-1])) or popen(command, **kw)
     )
+    return asked
+
+
+def test_no_checkpoint_is_left_out_where_all_are_wanted(queue, requests, tmp_path):
+    """One that waited goes with the next; of an earlier run's there, none would be gone on from by mistake."""
     pushes = queue("all_checkpoints")
     for checkpoint in saved(tmp_path, 2, 4, 6):
         pushes.saved(checkpoint)
-    there = {path.name for path in (Path(pushes._waiting["staged"]) / "beside").iterdir()}
-    assert there == {"checkpoint-4", "checkpoint-6"}
     go(tmp_path, 2, 6)
     pushes.close(30)
-    assert [request["keep"] for request in requests] == [[], ["checkpoint-2/*"]]
+    assert [row["checkpoints"] for row in pushes.rows()] == [["checkpoint-2"], ["checkpoint-4", "checkpoint-6"]]
+    assert [(request["keep"], request["keep_up_to"]) for request in requests] == [([], 0), ([2], 0)]
+
+
+def test_a_checkpoint_whose_push_failed_goes_with_the_next(queue, tmp_path):
+    """Where all are wanted; the folder that was linked for it is gone afterwards."""
+    pushes, (first, second) = queue("all_checkpoints"), saved(tmp_path, 2, 4)
+    go(tmp_path, 2, how="die")
+    go(tmp_path, 4)
+    pushes.saved(first)
+    while not pushes.rows():
+        pushes.on_step_end(None, None, None)
+    pushes.saved(second)
+    pushes.close(30)
+    assert pushes.rows()[-1]["checkpoints"] == ["checkpoint-2", "checkpoint-4"]
+    assert not list((tmp_path / "run" / "out").iterdir())
+
+
+def test_a_run_that_goes_on_elsewhere_keeps_its_earlier_checkpoints(queue, requests, tmp_path):
+    """No journal there knows of them; later ones on the Hub are another run's."""
+    pushes, (checkpoint,) = queue("all_checkpoints"), saved(tmp_path, 8)
+    go(tmp_path, 8)
+    pushes.resumed(checkpoint)
+    pushes.close(30)
+    assert [(request["keep"], request["keep_up_to"]) for request in requests] == [([], 8)]
 
 
 def test_a_folder_that_must_not_leave_this_machine_does_not(hub, tokenizer, tiny_model, tmp_path, monkeypatch):

@@ -258,6 +258,10 @@ def test_what_cannot_be_resumed_is_one_line(alone, prepared, tmp_path):  # noqa:
         UserError, match=r"was trained with 4 sequences a step, this launch has 8: set training\.global_b"
     ):
         make(prepared, tmp_path, global_batch_size=8, optimizer=optimizer).train(resume_from_checkpoint=True)
+    elsewhere = make(prepared, tmp_path, optimizer=optimizer)
+    elsewhere.train_dataset.fingerprint = "another"
+    with pytest.raises(UserError, match=rf"was trained on other data \({prepared.fingerprint}, now another\): files, "):
+        elsewhere.train(resume_from_checkpoint=True)
     other = trainer_for(prepared, tmp_path, model={"num_hidden_layers": 3}, optimizer=optimizer, **RUN)
     with pytest.raises(
         UserError, match=r"the checkpoint does not fit this model: \d+ names differ, such as model.layers.2"
