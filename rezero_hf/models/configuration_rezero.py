@@ -280,8 +280,9 @@ class ReZeroConfig(PreTrainedConfig):
         At 12 layers, width 96 and 500 steps on bytes it ends at 1.922 +- 0.005 bits per byte, pre-norm with RMSNorm at
         1.938 +- 0.004, with LayerNorm at 1.943 +- 0.006 (three seeds, every row at its own best rates), ahead from step
         100 on (model_cards/norm_free); at 48 layers and 200 steps at 2.206 +- 0.013, pre-norm at 2.447 +- 0.021 and
-        2.453 +- 0.017, ahead from step 50 on (model_cards/norm_free_deep). How it was found: model_cards/LOG.md. Larger
-        networks and longer runs have not been measured.
+        2.453 +- 0.017, and at 2.270 +- 0.006 with the same constant on its branches, ahead of that from step 100 on
+        (model_cards/norm_free_deep). How it was found: model_cards/LOG.md. Larger networks and longer runs have not
+        been measured.
 
         Args:
             num_hidden_layers: depth.
