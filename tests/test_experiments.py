@@ -50,6 +50,13 @@ def recipe(tmp_path):
     return path
 
 
+def run_in_threads(monkeypatch):
+    """A study's runs in this process: others take seconds to start."""
+    monkeypatch.setattr(studies, "ProcessPoolExecutor", lambda jobs, *_, **__: ThreadPoolExecutor(jobs))
+    monkeypatch.setattr(studies, "parent_process", threading.main_thread)
+    monkeypatch.setattr(studies._run, "stopping", threading.Event(), raising=False)
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Where the text and the images of a study come from in a test."""
@@ -178,9 +185,7 @@ def test_a_row_in_two_parts_ends_as_one_in_one(text_recipe, data, tmp_path, monk
         "parts": {"label": "parts", "first": {"training.max_steps": 4}, "set": {"training.max_steps": 2}},
     }
     path.write_text(path.read_text() + f"study: {json.dumps({'item': 'a test', 'seeds': [0], 'rows': rows})}\n")
-    # In this process: another one takes seconds to start.
-    monkeypatch.setattr(studies, "ProcessPoolExecutor", lambda jobs, *_, **__: ThreadPoolExecutor(jobs))
-    monkeypatch.setattr(studies, "parent_process", threading.main_thread)
+    run_in_threads(monkeypatch)
     study = load_study(path)
     runs = run_study(path, study, tmp_path / "runs", overrides=(*data["rezero"], "training.optimizer=muon"))
     result = summarise("text", "cpu", study, runs)
@@ -206,8 +211,7 @@ def test_rows_begin_from_a_base_that_is_made_once(text_recipe, data, tmp_path, m
     }
     study = {"item": "a test", "metric": "accuracy", "seeds": [0], "rows": rows, "bases": {"base": base}}
     path.write_text(path.read_text() + f"task: {{name: sequence-classification}}\nstudy: {json.dumps(study)}\n")
-    monkeypatch.setattr(studies, "ProcessPoolExecutor", lambda jobs, *_, **__: ThreadPoolExecutor(jobs))
-    monkeypatch.setattr(studies, "parent_process", threading.main_thread)
+    run_in_threads(monkeypatch)
     trained, train = [], ReZeroTrainer.train
     watched = lambda trainer, **kwargs: trained.append(type(trainer.model).__name__) or train(trainer, **kwargs)  # noqa: E731
     monkeypatch.setattr(ReZeroTrainer, "train", watched)
