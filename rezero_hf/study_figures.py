@@ -100,7 +100,7 @@ def curves(rows: list[dict[str, Any]], metric: str, path: str | Path) -> Path:
     for ax, label in zip(axes, ("FLOP" if spent == "flops" else "step", "seconds of training"), strict=True):
         ax.set_xlabel(label)
         ax.xaxis.set_major_locator(whole_ticks(5))
-        ax.xaxis.set_major_formatter("{x:.3g}" if label == "FLOP" else "{x:,.0f}")
+        ax.xaxis.set_major_formatter("{x:.3g}" if label == "FLOP" else _counted)
         ax.grid(axis="y", color="#DDDDDD", linewidth=0.8)
     if shown and METRICS[metric]:
         # A row that goes nowhere would flatten all others.
@@ -171,6 +171,11 @@ def depths(result: dict[str, Any], path: str | Path) -> Path:
     ax.grid(axis="y", color="#DDDDDD", linewidth=0.8)
     _legend(figure, ax)
     return save(figure, path)
+
+
+def _counted(x: float, _place: int) -> str:
+    """Steps and seconds, which of the smallest runs are not whole."""
+    return f"{x:,.0f}" if x == round(x) else f"{x:.3g}"
 
 
 def _line(number: int) -> dict[str, str]:
