@@ -315,7 +315,10 @@ def test_no_run_outlives_its_study(recipe, tmp_path, by):
         + "study: {item: a test, metric: loss, seeds: [0], rows: {a: {label: a}, b: {label: b}}}\n"
     )
     command = [sys.executable, ROOT / "scripts" / "reproduce.py", recipe, "--jobs", "1", "--output", tmp_path / "runs"]
-    study = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    # In a suite that runs in the background an interrupt is ignored from the start.
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    study = subprocess.Popen(command, cwd=tmp_path, **quiet, **heard)
     log = tmp_path / "runs" / "a" / "seed=0" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (log.exists() and '"event": "eval"' in log.read_text()) and time.monotonic() < deadline:
