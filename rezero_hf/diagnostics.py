@@ -11,7 +11,8 @@ constants.
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +62,19 @@ def signal_norms(
         UserError: the model is not one of this package's.
     """
     copied, inputs = _frozen_copy(model, inputs, dtype)
+    return _norms(copied, inputs)
+
+
+def updates(model: PreTrainedModel, batches: Iterable[Mapping[str, torch.Tensor]]) -> Iterator[dict[str, list]]:
+    """`update` of `signal_norms` in fp32 for each of several batches without labels, by one copy of the model."""
+    copied = None
+    for batch in batches:
+        if copied is None:
+            copied, _ = _frozen_copy(model, batch, torch.float)
+        yield _norms(copied, _placed(batch, copied))["update"]
+
+
+def _norms(copied: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     layers = copied.base_model.layers
     streams: list[torch.Tensor] = []
     update: dict[str, list[float | None]] = {}
@@ -72,14 +86,15 @@ def signal_norms(
     def join(_, args, kwargs, y):
         update.setdefault(kwargs["branch"], []).append(_number(_rms(y - args[0]) / _rms(args[0])))
 
-    layers[0].register_forward_pre_hook(enter)
-    for layer in layers:
-        layer.register_forward_hook(lambda _layer, _args, x: streams.append(x))
-        layer.residual_norm.register_forward_hook(join, with_kwargs=True)
-    # Without a loss there is nothing to keep activations for.
-    with torch.set_grad_enabled(not LABELS.isdisjoint(inputs)), sdpa_kernel(SDPBackend.MATH):
-        loss = getattr(copied(**inputs), "loss", None)
-        gradients = None if loss is None else torch.autograd.grad(loss, streams)
+    with ExitStack() as hooks:
+        hooks.enter_context(layers[0].register_forward_pre_hook(enter))
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_hook(lambda _layer, _args, x: streams.append(x)))
+            hooks.enter_context(layer.residual_norm.register_forward_hook(join, with_kwargs=True))
+        # Without a loss there is nothing to keep activations for.
+        with torch.set_grad_enabled(not LABELS.isdisjoint(inputs)), sdpa_kernel(SDPBackend.MATH):
+            loss = getattr(copied(**inputs), "loss", None)
+            gradients = None if loss is None else torch.autograd.grad(loss, streams)
     return {
         "activation": [_number(_rms(x)) for x in streams],
         "gradient": None if loss is None else [_number(_rms(gradient)) for gradient in gradients],
@@ -252,9 +267,7 @@ def _frozen_copy(
     if copied._supports_sdpa:
         # Flash and flex kernels know no fp64, and the eager formula takes its softmax in fp32.
         copied.set_attn_implementation("sdpa")
-    inputs = {
-        name: value.to(copied.device, dtype if value.is_floating_point() else None) for name, value in inputs.items()
-    }
+    inputs = _placed(inputs, copied)
     fresh = [m for m in copied.modules() if isinstance(m, nn.BatchNorm2d) and not m.num_batches_tracked]
     if fresh:
         for norm in fresh:
@@ -264,6 +277,14 @@ def _frozen_copy(
             copied(**inputs)
         copied.eval()
     return copied, inputs
+
+
+def _placed(inputs: Mapping[str, torch.Tensor], copied: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """On the copy's device, and of its type where they are not whole numbers."""
+    return {
+        name: value.to(copied.device, copied.dtype if value.is_floating_point() else None)
+        for name, value in inputs.items()
+    }
 
 
 def _stream_map(

@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, set_seed
 from transformers.trainer_utils import SaveStrategy
 
 from .arguments import ReZeroTrainingArguments, sequences_per_step
+from .assembly import changed
 from .blocks import EvalBlocks, TrainBlocks, held_out_blocks
 from .checkpoints import newest_complete
 from .data import prepare
@@ -29,7 +30,6 @@ from .optim import OptimizerName, gates
 from .recipe import Recipe, changed_words
 from .runs import now, provenance, read_metrics
 from .starting import Beginning, InitFrom, begin, check_same_model, load_whole
-from .surgery import changed
 from .tasks import TASKS, labelled_rows
 from .tokenization import load_tokenizer, token_byte_lengths
 from .training import ReZeroTrainer, steps_over, training_steps

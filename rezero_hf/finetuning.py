@@ -14,12 +14,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from .assembly import changed
 from .errors import UserError
 from .opening import find, load_config, load_processor
 from .optim import gates
 from .recipe import FAMILIES
 from .starting import load_whole
-from .surgery import changed
 from .tasks import TASKS, TaskConfig, TaskData, labelled_images, labelled_rows, text_blocks
 
 

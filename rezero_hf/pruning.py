@@ -9,10 +9,10 @@ from typing import Literal, get_args
 import torch
 from transformers import PreTrainedModel
 
-from .diagnostics import LABELS, signal_norms
+from .assembly import assemble, changed, check_whole, layer_of, moved
+from .diagnostics import LABELS, updates
 from .errors import UserError
 from .models.residual import RESIDUAL_FORMS
-from .surgery import assemble, changed, check_whole, layer_of, moved
 
 
 Measure = Literal["update", "loss"]
@@ -67,7 +67,7 @@ def prune_layers(
 
     Raises:
         UserError: it is not such a model or not whole (see `fold_gates`); there are no batches, or they give no loss;
-            `to` or `threshold` would leave nothing, or remove nothing.
+            `to` or `threshold` would leave nothing, or remove nothing; every layer's score is 0 (a new network's).
     """
     check_whole(model)
     config, batches = model.config, list(batches)
@@ -81,12 +81,16 @@ def prune_layers(
     depth = config.num_hidden_layers
     if (to is None) == (threshold is None):
         raise UserError("give either to, how many layers stay, or threshold, the score up to which a layer goes.")
-    if to is not None and not 1 <= to < depth:
+    if to is not None and (not isinstance(to, int) or not 1 <= to < depth):
         raise UserError(f"to={to}: the network has {depth} layers, so it can be pruned to 1 ... {depth - 1}.")
     if not batches:
         raise UserError("batches is empty: there is nothing to judge the layers by.")
     before = _loss(model, batches)
     scores = _updates(model, batches) if by == "update" else _rises(model, batches, before)
+    if to is not None and not any(scores):
+        raise UserError(
+            f"to={to}: every layer's {by} is 0, so none is less used than another; train the network first."
+        )
     ranked = sorted(range(depth), key=scores.__getitem__)
     removed = sorted(ranked[: depth - to] if to is not None else (i for i in ranked if scores[i] <= threshold))
     if len(removed) == depth:
@@ -111,10 +115,10 @@ def prune_layers(
 def _updates(model: PreTrainedModel, batches: list[Mapping[str, torch.Tensor]]) -> list[float]:
     """Each layer's relative update, root mean square over the batches."""
     squares = [0.0] * model.config.num_hidden_layers
-    for batch in batches:
-        inputs = {name: value for name, value in batch.items() if name not in LABELS}
-        for branch in signal_norms(model, inputs, torch.float)["update"].values():
-            values = [math.inf if update is None else update for update in branch]
+    inputs = ({name: value for name, value in batch.items() if name not in LABELS} for batch in batches)
+    for update in updates(model, inputs):
+        for branch in update.values():
+            values = [math.inf if value is None else value for value in branch]
             squares = [square + value**2 for square, value in zip(squares, values, strict=True)]
     return [math.sqrt(square / len(batches)) for square in squares]
 

@@ -220,6 +220,12 @@ def load_recipe(
             if model_type != "rezero":
                 raise RecipeError(f"{path}: init_from.grow_to is for language models.")
             model["num_hidden_layers"] = init_from.grow_to
+            gated = str(model.get("residual", "rezero")).startswith("rezero")
+            if gated and training.get("gate_lr_multiplier") == 0 and model.get("output_init_scale") != 0:
+                raise RecipeError(
+                    f"{path}: init_from.grow_to={init_from.grow_to} with training.gate_lr_multiplier=0: new layers "
+                    "start at alpha = 0, and held there never learn; give 0.1, or set model.output_init_scale=0."
+                )
     task = TaskConfig(**checked(document["task"], TaskConfig, f"{path}: task"))
     if task.name is not None and model_type != "rezero":
         raise RecipeError(f"{path}: task is for language models; images have their classes.")

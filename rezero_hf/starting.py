@@ -18,12 +18,13 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.trainer import OPTIMIZER_NAME
 from transformers.utils import CONFIG_NAME, cached_file, logging
 
+from .assembly import changed
 from .checkpoints import MANIFEST, verify_checkpoint
 from .errors import UserError, one_line
 from .models import ReZeroConfig, ReZeroForCausalLM
 from .optim import NamedState, OptimizerName, state_by_name
 from .strict import field_types
-from .surgery import changed, grow_depth
+from .surgery import grow_depth
 from .together import everywhere, on_main
 
 

@@ -3,18 +3,15 @@
 Both give a new model and leave the given one as it is. `pruning.py` has the third, which removes layers.
 """
 
-import copy
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers import initialization as init
 
+from .assembly import assemble, changed, check_whole, in_layer, moved
 from .errors import UserError
-from .models import FAMILIES
 from .models.residual import RESIDUAL_FORMS
 
 
@@ -22,7 +19,6 @@ from .models.residual import RESIDUAL_FORMS
 FOLDED = {"rezero": "plain", "rezero_pre_norm": "pre_norm", "rezero_tanh": "pre_tanh"}
 # act(alpha * z) = alpha * act(z) for alpha >= 0.
 HOMOGENEOUS = ("relu", "leaky_relu")
-_LAYER = re.compile(r"((?:model\.)?layers\.)(\d+)\.(.*)")
 
 
 class Grown(NamedTuple):
@@ -59,7 +55,7 @@ def fold_gates(model: PreTrainedModel) -> PreTrainedModel:
 
     Raises:
         UserError: it is not such a model, its weights are quantised, sharded or wrapped by an adapter, or alpha cannot
-            go through the activation.
+            go through the activation, or is 0 everywhere.
     """
     check_whole(model)
     config, layers = model.config, model.base_model.layers
@@ -67,7 +63,10 @@ def fold_gates(model: PreTrainedModel) -> PreTrainedModel:
         gated = RESIDUAL_FORMS[config.residual].has_gate
         why = "its gate scales the stream too, which no form without one does" if gated else "it has no gates to fold"
         raise UserError(f"residual={config.residual!r} cannot be folded: {why}; {', '.join(FOLDED)} can.")
-    _check_activation(config, [layer.residual_norm.alpha for layer in layers])
+    alphas = [layer.residual_norm.alpha for layer in layers]
+    if not any(alpha.any() for alpha in alphas):
+        raise UserError("every alpha is 0: folded into them, the weights would be 0 and learn nothing; train it first.")
+    _check_activation(config, alphas)
     state = dict(model.state_dict())
     for index, layer in enumerate(layers):
         gates, prefix = layer.residual_norm, f"{_prefix(model)}layers.{index}"
@@ -94,7 +93,8 @@ def grow_depth(
     evaluation only, because new layers draw random numbers too.
 
     Args:
-        model: of this package, with any head or none. It takes the memory of one more model of the new depth.
+        model: of this package, with any head or none. It takes the memory of one more model of the new depth,
+            in fp32.
         to: number of layers to have; of a ResNet a list, one number for each stage.
         where: `"end"` (default) puts new layers after the old ones, so that parameters keep their names;
             `"interleaved"` spreads them evenly between, each after an old one; a list names the new layers' numbers in
@@ -119,92 +119,12 @@ def grow_depth(
             _close(layer, config)
     state = {names[name]: value for name, value in model.state_dict().items()}
     # A new tensor is of the type, and on the device, of its like in the last old layer.
-    likes = {found[3]: value for name, value in model.state_dict().items() if (found := _LAYER.match(name))}
+    likes = {in_layer(name): value for name, value in model.state_dict().items()}
     for name, value in fresh.state_dict().items():
         if name not in state:
-            state[name] = value.to(likes[_LAYER.match(name)[3]])
+            state[name] = value.to(likes[in_layer(name)])
     del fresh
     return Grown(assemble(model, config, state, names), names)
-
-
-def check_whole(model: PreTrainedModel) -> None:
-    """Raise a `UserError` unless the model is one of this package's, whole, in plain floating-point weights."""
-    kind = type(model).__name__
-    if hasattr(model, "peft_config"):
-        raise UserError(f"{kind} is wrapped by an adapter: merge it into the weights first (merge_and_unload).")
-    if not isinstance(model, tuple(FAMILIES)):
-        raise UserError(f"{kind} is not a model of rezero_hf.")
-    if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
-        raise UserError(f"{kind} is quantised: do this to the model it was made from, and quantise the result.")
-    for name, parameter in model.named_parameters():
-        if type(parameter) is not nn.Parameter or parameter.is_meta or not parameter.is_floating_point():
-            what = "on no device" if parameter.is_meta else f"a {type(parameter.data).__name__} of {parameter.dtype}"
-            raise UserError(
-                f"{kind}: {name} is {what}; only plain floating-point weights can be changed: load the model "
-                "unquantised, unsharded and not offloaded."
-            )
-    if len(devices := {parameter.device for parameter in model.parameters()}) > 1:
-        raise UserError(f"{kind} lies on {len(devices)} devices: load it on one, without device_map.")
-    expected = _skeleton(model, model.config).state_dict()
-    found = model.state_dict()
-    wrong = [name for name in found if name not in expected or found[name].shape != expected[name].shape]
-    if wrong or len(found) != len(expected):
-        name = next(iter(wrong), "something missing")
-        raise UserError(
-            f"{kind} is not what its configuration describes ({name}): merge an adapter into the weights first, and "
-            "load quantised weights unquantised."
-        )
-
-
-def assemble(
-    model: PreTrainedModel, config: PreTrainedConfig, state: Mapping[str, torch.Tensor], names: Mapping[str, str]
-) -> PreTrainedModel:
-    """A model of the same class, mode and generation settings, with another configuration and copies of given weights.
-
-    Args:
-        model: what it is made from.
-        config: of the new one.
-        state: every parameter and persistent buffer of the new one.
-        names: name in `model` -> name in the new one, of what it has in common with it; `requires_grad` is kept.
-    """
-    new = _skeleton(model, config)
-    new.load_state_dict({name: value.detach().clone() for name, value in state.items()}, assign=True)
-    new.tie_weights()
-    for name, parameter in model.named_parameters():
-        if name in names:
-            new.get_parameter(names[name]).requires_grad_(parameter.requires_grad)
-    for name, buffer in model.named_buffers():
-        if name not in names and not _LAYER.match(name):
-            owner, _, attribute = name.rpartition(".")
-            setattr(new.get_submodule(owner), attribute, buffer.clone())
-    if model.can_generate():
-        new.generation_config = copy.deepcopy(model.generation_config)
-    return new.train(model.training)
-
-
-def changed(config: PreTrainedConfig, **changes: Any) -> PreTrainedConfig:
-    """A copy of a configuration with other values, checked, and with everything that follows from them."""
-    new = type(config).from_dict({**config.to_dict(), **changes})
-    new._attn_implementation = config._attn_implementation
-    return new
-
-
-def moved(name: str, places: Mapping[int, int]) -> str:
-    """A parameter's name once layer `n` is layer `places[n]`; names outside the layers stay."""
-    found = _LAYER.match(name)
-    return name if found is None else f"{found[1]}{places[int(found[2])]}.{found[3]}"
-
-
-def layer_of(name: str) -> int | None:
-    """The number of the layer a parameter belongs to."""
-    found = _LAYER.match(name)
-    return None if found is None else int(found[2])
-
-
-def _skeleton(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
-    """A model without storage; no random numbers are drawn for it."""
-    with torch.device("meta"), init.no_init_weights():
-        return type(model)(config)
 
 
 def _prefix(model: PreTrainedModel) -> str:
@@ -289,8 +209,9 @@ def _places(config: PreTrainedConfig, to: Any, where: Any) -> tuple[dict[str, An
     elif where == "interleaved":
         places = [index * to // depth for index in range(depth)]
     else:
-        new = set() if isinstance(where, str) else set(where)
-        if len(new) != to - depth or len(new) != len(where) or not new <= set(range(to)):
+        given = list(where) if isinstance(where, Sequence) and not isinstance(where, str) else []
+        new = set(given)
+        if len(given) != to - depth or len(new) != len(given) or not new <= set(range(to)):
             raise UserError(
                 f"where={where!r}: end, interleaved, or a list of the {to - depth} new layers' numbers, each in "
                 f"0 ... {to - 1}."

@@ -15,11 +15,11 @@ import torch
 import typer
 from transformers import AutoProcessor, PreTrainedModel
 
-from rezero_hf.checkpoints import MANIFEST
 from rezero_hf.cli import run
 from rezero_hf.descriptions import described_class
 from rezero_hf.errors import UserError, one_line
 from rezero_hf.export import Processor, export_folder
+from rezero_hf.models import ReZeroForCausalLM
 from rezero_hf.opening import load_folder, load_processor
 from rezero_hf.pruning import prune_layers
 from rezero_hf.runs import read_metrics, read_record
@@ -45,9 +45,7 @@ def write(folder: Path, output: Path, model: PreTrainedModel, processor: Process
     record = read_record(folder / "run.json")
     operations = [*record.get("surgery", ()), {"what": what, **facts}]
     record |= {"parameters": model.num_parameters(), "surgery": operations}
-    # A checkpoint's recipe lies beside its run.
-    run_folder = folder.absolute().parents[1] if (folder / MANIFEST).exists() else folder
-    metrics, recipe = folder / "metrics.jsonl", run_folder / "recipe.yaml"
+    metrics, recipe = folder / "metrics.jsonl", folder / "recipe.yaml"
     # It is not the model that lies on the Hub, and a smaller one is not what was measured.
     for word in ("repo_id", *(("results", "evaluations") if "pruning" in facts else ())):
         record.pop(word, None)
@@ -96,8 +94,9 @@ def prune(
 ):
     """Remove the layers of a language model that hardly change its stream, or whose absence hardly raises its loss."""
     model, processor = open_folder(folder, output)
-    if model.main_input_name != "input_ids":
-        raise UserError(f"{folder} is a model of images; rezero_hf.prune_layers takes batches of them in Python")
+    if not isinstance(model, ReZeroForCausalLM):
+        kind = type(model).__name__
+        raise UserError(f"{folder} holds a {kind}, not judged by text alone; rezero_hf.prune_layers takes batches")
     if not text.is_file():
         raise UserError(f"{text}: there is no such file")
     tokens = min(tokens, model.config.max_position_embeddings)

@@ -13,12 +13,12 @@ from test_training import prepared, trainer_for  # noqa: F401
 from transformers import AutoTokenizer
 
 from rezero_hf import ReZeroForCausalLM, ReZeroForMaskedLM, load_recipe, run_folder, starting
+from rezero_hf.assembly import changed
 from rezero_hf.checkpoints import checkpoints_in
 from rezero_hf.errors import UserError
 from rezero_hf.optim import NamedState, make_optimizer, put_state, state_by_name
 from rezero_hf.recipe import RecipeError, changed_words
 from rezero_hf.starting import InitFrom, begin
-from rezero_hf.surgery import changed
 from rezero_hf.tokenization import load_tokenizer
 
 
@@ -240,6 +240,10 @@ def test_the_recipe_says_where_a_run_begins(tmp_path):
     assert changed_words(text, text) == [] and len(changed_words(text, plain)) == 4
     for wrong, message in [
         (["init_from.grow_to=3"], "init_from.grow_to=3 needs init_from.path"),
+        (
+            ["init_from.path=x", "init_from.grow_to=3", "training.gate_lr_multiplier=0.0"],
+            "new layers start at alpha = 0, and held there never learn",
+        ),
         (["init_from.from=x"], "init_from: key 'from' is unknown"),
         (
             ["init_from.path=x", "init_from.grow_to=3", "model.model_type=rezero_mlp"],

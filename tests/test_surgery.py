@@ -273,6 +273,17 @@ def test_image_models_grow(make):
         assert torch.equal(grown.get_parameter(names[name]).grad, parameter.grad), name
 
 
+def test_positions_stretched_to_a_long_sequence_are_the_same_in_the_copy(tiny_model, ids):
+    """Dynamic rotary frequencies depend on what a model has read before, and go back when a sequence is short again."""
+    stretched = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    model = tiny_model(max_position_embeddings=16, rope_parameters=stretched, gate_init=0.5)
+    for make in (fold_gates, lambda model: grow_depth(model, 3).model):
+        model(ids.repeat(1, 3))
+        copied = make(model)
+        for tokens in (ids.repeat(1, 2), ids):
+            close(copied(tokens), model(tokens))
+
+
 def test_what_was_frozen_stays_frozen(tiny_model):
     model = tiny_model()
     model.model.layers[1].requires_grad_(False)
@@ -352,8 +363,16 @@ def test_what_cannot_be_done_is_one_line(tiny_model, ids, tmp_path):
     quantized.lm_head.weight = nn.Parameter(quantized.lm_head.weight.to(torch.int8), requires_grad=False)
     wrapped = nn.Sequential(model)
     wrapped.peft_config = {}
+    remote = type("ReZeroForCausalLM", (nn.Linear,), {"__module__": "transformers_modules.org.modeling_rezero"})
+    untrained = tiny_model(gate_init=0.0)
     cases = [
         (lambda: fold_gates(nn.Linear(2, 2)), "Linear is not a model of rezero_hf"),
+        (lambda: fold_gates(remote(2, 2)), "it came with its own code; import rezero_hf first"),
+        (lambda: fold_gates(untrained), "every alpha is 0"),
+        (lambda: prune_layers(untrained, [batch], to=1), "to=1: every layer's update is 0"),
+        (lambda: prune_layers(model, [batch], to=1.0), r"to=1.0: .* can be pruned to 1 ... 1"),
+        (lambda: grow_depth(model, 4, 2), r"where=2: end, interleaved, or a list of the 2 new layers' numbers"),
+        (lambda: grow_depth(model, 4, None), "where=None: end, interleaved"),
         (lambda: fold_gates(wrapped), "wrapped by an adapter: merge it"),
         (lambda: grow_depth(lora(copy.deepcopy(model)), 3), r"not what its configuration describes \(model.layers.0"),
         (lambda: fold_gates(quantized), r"lm_head.weight is a Tensor of torch.int8; only plain floating-point weights"),
@@ -471,6 +490,7 @@ def test_a_mistake_in_the_script_is_one_line_and_leaves_nothing(
         ("baseline", tiny_model(residual="post_norm")),
         ("head", tiny_model(ReZeroForQuestionAnswering)),
         ("untrained", tiny_model(gate_init=0.0)),
+        ("classifier", tiny_model(ReZeroForSequenceClassification, pad_token_id=257)),
     ):
         model.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
@@ -495,6 +515,7 @@ def test_a_mistake_in_the_script_is_one_line_and_leaves_nothing(
         (("fold", folder, text_file / "output"), "cannot be made (Not a directory); choose another folder"),
         (("prune", folder, output, "--text", tmp_path / "latin.txt", "--to", "1"), "latin.txt cannot be read as UTF-8"),
         (("fold", tmp_path / "baseline", output), "residual='post_norm' cannot be folded"),
+        (("prune", tmp_path / "classifier", output, *text, "--to", "1"), "holds a ReZeroForSequenceClassification"),
         (("grow", folder, output, "--to", "3"), "to=3: the network has 3 layers"),
         (("grow", folder, output, "--to", "many"), "--to many: must be whole numbers"),
         (("grow", folder, output, "--to", "4", "--where", "9"), "the 1 new layers' numbers"),
