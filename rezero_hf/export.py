@@ -98,7 +98,8 @@ def export_folder(
         UserError: `folder` holds files that no export writes, or cannot be made.
         UserError: The card in `folder` has lost the markers around the user's section.
     """
-    folder = Path(folder).absolute()
+    # Of a link what it leads to: on that disk, and the link stays.
+    folder = Path(folder).resolve()
     partial, previous = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "previous"))
     _recover(folder, partial, previous)
     _refuse_strange_files(folder)
@@ -261,7 +262,11 @@ def _recover(folder: Path, partial: Path, previous: Path) -> None:
 def _refuse_strange_files(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; choose another folder to export to")
-    strange = [name for name in files_in(folder) if not is_exported(name)]
+    found = files_in(folder)
+    strange = [name for name in found if not is_exported(name)]
+    if found and "README.md" not in found:
+        # Code and weights have any name; every export has a card.
+        strange = found
     if strange:
         raise UserError(
             f"{folder} holds files that no export writes ({', '.join(strange[:4])}) and is not replaced; "

@@ -239,6 +239,25 @@ def test_a_folder_with_other_files_is_not_replaced(folder, tokenizer, strange):
     assert (folder / strange).read_text() == "work of years"
 
 
+@pytest.mark.parametrize("own", ["my_work.py", "other_model.safetensors"])
+def test_code_and_weights_that_no_export_wrote_are_not_replaced(tmp_path, tokenizer, own):
+    """They could be an export's by their names; an export has a card beside them."""
+    (tmp_path / own).write_text("work of years")
+    with pytest.raises(UserError, match=f"files that no export writes \\({own}\\)"):
+        export_folder(tiny(), tokenizer, tmp_path)
+    assert (tmp_path / own).read_text() == "work of years"
+
+
+def test_an_export_through_a_link_goes_where_the_link_leads(tmp_path, tokenizer):
+    """Also the second one, which replaces the first; the link stays."""
+    link, target = tmp_path / "model", tmp_path / "large_disk"
+    target.mkdir()
+    link.symlink_to(target, target_is_directory=True)
+    for _ in range(2):
+        export_folder(tiny(), tokenizer, link)
+    assert link.is_symlink() and (target / "README.md").is_file() and sorted(tmp_path.iterdir()) == [target, link]
+
+
 def test_what_a_system_leaves_in_a_folder_is_no_reason_to_keep_it(folder, tokenizer):
     (folder / "figures").mkdir(exist_ok=True)
     (folder / "figures" / ".DS_Store").write_bytes(b"")
