@@ -85,6 +85,20 @@ def verdict(row: dict[str, Any]) -> str:
     return "ahead" if middle > 1 else "behind"
 
 
+def disturbed(comparisons: Iterable[dict[str, Any]]) -> dict[str, str]:
+    """Arm -> in what ReZero beside it took 1.5 times as long as beside most arms: others used the machine meanwhile."""
+    found: dict[str, str] = {}
+    rows_of: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in comparisons:
+        rows_of.setdefault((row["measure"], row["mode"]), []).append(row)
+    for (measure, mode), rows in rows_of.items():
+        usual = median(median(row["costs"]["reference"]) for row in rows)
+        for row in rows:
+            if median(row["costs"]["reference"]) > 1.5 * usual:
+                found.setdefault(row["arm"], f"the machine was busy during {measure} {mode}")
+    return found
+
+
 def benchmark_table(result: dict[str, Any]) -> str | None:
     """A line a measure and mode: the peer that comes out best, ReZero beside it, and ReZero's share of the limits."""
     peers = {arm["name"] for arm in result["arms"] if arm["peer"]}

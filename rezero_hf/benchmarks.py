@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -171,13 +171,13 @@ def _row(arm, measure, mode, costs, limits=(), tokens=None, flops=None, peak_flo
     return row | {"costs": costs, "tokens": tokens, "flops": flops, "peak_flops": peak_flops}
 
 
-def alone(command: list[str]) -> tuple[list[dict[str, Any]], str | None]:
+def alone(command: list[str], env: Mapping[str, str] | None = None) -> tuple[list[dict[str, Any]], str | None]:
     """Run a process that prints rows, one JSON object a line; what it said on stderr is passed on.
 
     Returns:
         the rows it finished, and why it failed: the last line on stderr or the signal; None where it did not.
     """
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    done = subprocess.run(command, env=env, check=False, capture_output=True, text=True)
     sys.stderr.write(done.stderr)
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode < 0:

@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from rezero_hf.benchmark_arms import ARMS, REFERENCE, SIZES, installed, parameters
 from rezero_hf.benchmark_cases import modes
-from rezero_hf.benchmark_report import benchmark_figure, benchmark_table
+from rezero_hf.benchmark_report import benchmark_figure, benchmark_table, disturbed
 from rezero_hf.benchmarks import LEAST, MEASURES, alone, chosen, compare, compare_imports
 from rezero_hf.cli import run
 from rezero_hf.errors import UserError
@@ -69,6 +69,8 @@ def main(
     parts = {name: turn for name, turn in parts.items() if turn}
     if "import" in names:
         parts["import"] = MEASURES["import"].turn
+    if not parts:
+        raise UserError(f"--only {only} is not measured in --mode {mode}")
 
     def measured(name):
         seconds = 60 * minutes * parts[name] / sum(parts.values())
@@ -111,13 +113,16 @@ def main(
         result["failed"] |= {name: failed} if failed else {}
         result["seconds"] = round(time.perf_counter() - start)
         write()
+    result["failed"] |= {} if smoke else disturbed(result["comparisons"])
     result["complete"] = not (only or mode or left_out or result["failed"])
     write()
     print(benchmark_table(result))
     if output:
         print(benchmark_figure(result, output / "figures" / "benchmark.png"))
     if result["failed"]:
-        raise UserError("not measured: " + "; ".join(f"{name} ({why})" for name, why in result["failed"].items()))
+        raise UserError(
+            "not measured, or not well: " + "; ".join(f"{name} ({why})" for name, why in result["failed"].items())
+        )
     if result["complete"] and not smoke:
         print(f"commit it with: python scripts/report.py {output}")
 

@@ -9,7 +9,6 @@ else the machine does hardly shows.
 
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -25,8 +24,10 @@ from transformers import PreTrainedModel, set_seed
 
 from rezero_hf import ReZeroConfig, ReZeroForCausalLM, ReZeroMLPConfig, ReZeroMLPForImageClassification
 from rezero_hf.benchmark_cases import matrices, peak_allocation, step_products
+from rezero_hf.benchmarks import alone
 from rezero_hf.cli import run
-from rezero_hf.errors import UserError, one_line
+from rezero_hf.durable import write_whole
+from rezero_hf.errors import UserError
 from rezero_hf.runs import provenance
 from rezero_hf.strict import check_names
 from rezero_hf.turns import by_turns
@@ -128,14 +129,14 @@ def main(
     for name in [only] if only else FAMILIES:
         for depth in FAMILIES[name].depths:
             words = ["--case", f"{name}:{depth}", "--seconds", str(budget)]
-            done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise UserError(f"{name} of {depth} layers could not be measured: {one_line(done.stderr)}")
-            rows.append(row := json.loads(done.stdout.splitlines()[-1]))
+            found, failed = alone([sys.executable, __file__, *words])
+            if failed:
+                raise UserError(f"{name} of {depth} layers could not be measured: {failed}")
+            rows.append(row := found[-1])
             numbers = [1e3 * row["step"] / depth, row["peak"] / depth / 1024, row["step"] / row["products"]]
             print("| {} | {:,} | {:.3f} | {:,.0f} | {:.2f} |".format(name, depth, *numbers), flush=True)
-    if output:
-        output.write_text(json.dumps({**provenance(CPU), "rows": rows}, indent=1) + "\n", encoding="utf-8")
+            if output:
+                write_whole(output, json.dumps({**provenance(CPU), "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import itertools
 import json
 import os
 import resource
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -23,7 +22,10 @@ import torch
 import typer
 
 from rezero_hf import ReZeroConfig, ReZeroForCausalLM, ReZeroTrainer, ReZeroTrainingArguments
+from rezero_hf.benchmarks import alone
 from rezero_hf.cli import run
+from rezero_hf.durable import write_whole
+from rezero_hf.errors import UserError
 from rezero_hf.planning import make_plan
 from rezero_hf.rehearsal import RandomTokens
 from rezero_hf.strict import check_names
@@ -87,14 +89,15 @@ def main(
     }
     for values in itertools.product(*words.values()):
         case = json.dumps(dict(zip(words, values, strict=True), heap=heap))
-        command = [sys.executable, __file__, "--case", case]
-        done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
-        rows.append(row := json.loads(done.stdout.splitlines()[-1]))
+        found, failed = alone([sys.executable, __file__, "--case", case], environment)
+        if failed:
+            raise UserError(f"{case} could not be measured: {failed}")
+        rows.append(row := found[-1])
         planned, measured = row["planned"] / 1e9, row["measured"] / 1e9
         cells = [*map(str, values), f"{planned:.2f}", f"{measured:.2f}", f"{planned / measured:.2f}"]
         print("| " + " | ".join(cells) + " |", flush=True)
         if output:
-            output.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+            write_whole(output, json.dumps(rows, indent=2) + "\n")
 
 
 if __name__ == "__main__":
