@@ -8,6 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import CompileConfig, StaticCache
 
 from rezero_hf import ReZeroForCausalLM, ReZeroForMaskedLM
+from rezero_hf.models.gating import GatedLinear
 
 
 BACKENDS = [
@@ -27,15 +28,18 @@ def forget():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_compiled_training_step_has_the_same_loss_and_gradients(tiny_model, ids, backend):
-    """In one graph, with every gate's gradient."""
-    model = tiny_model(residual="rezero_pre_norm")
+def test_a_compiled_training_step_has_the_same_loss_and_gradients(tiny_model, ids, backend, monkeypatch):
+    """In one graph, with every gate's gradient; eagerly the gate is in the weights (`gating.py`), compiled it is not."""
+    calls = []
+    monkeypatch.setattr(GatedLinear, "apply", lambda *args, apply=GatedLinear.apply: calls.append(1) or apply(*args))
+    model, ids = tiny_model(residual="rezero_pre_norm").train(), ids.repeat(4, 3)
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     losses, gradients = [], []
     for forward in (model, compiled):
         model.zero_grad()
         loss = forward(ids, labels=ids, use_cache=False).loss
         loss.backward()
+        assert len(calls) == 2 * model.config.num_hidden_layers
         losses.append(loss.item())
         gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
