@@ -21,6 +21,7 @@ from .arguments import ReZeroTrainingArguments, optimizer_for, sequences_per_ste
 from .blocks import IGNORE_INDEX
 from .callbacks import BitsPerByteProgress, MetricsLog, measured_in
 from .data import PreparedData
+from .energy import EnergyMeter
 from .errors import UserError
 from .export import temporarily
 from .flops import flops_per_token
@@ -96,6 +97,7 @@ class ReZeroTrainer(PushingTrainer):
         if self.token_bytes is not None and self.compute_metrics is None:
             self.compute_metrics = _sum_over_text
         self.throughput = Throughput(self.args, self.model)
+        self.energy = EnergyMeter(on=self.is_world_process_zero())
         self.record = lambda state, row: None
         if run_dir is not None:
             self.log_file = Path(run_dir) / LOG
@@ -119,8 +121,12 @@ class ReZeroTrainer(PushingTrainer):
 
     def train(self, *args, **kwargs):
         self.throughput.start()
-        with self.watch.listening() if self.watch is not None else nullcontext():
-            return super().train(*args, **kwargs)
+        self.energy.start()
+        try:
+            with self.watch.listening() if self.watch is not None else nullcontext():
+                return super().train(*args, **kwargs)
+        finally:
+            self.energy.stop()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """`optimizer_for` the words of `ReZeroTrainingArguments`; else the library's optimiser."""
@@ -231,7 +237,7 @@ class ReZeroTrainer(PushingTrainer):
     def run_so_far(self) -> dict[str, Any]:
         run, state = super().run_so_far(), self.state
         if state.global_step < state.max_steps:
-            run["training_seconds"] = self.throughput.seconds()
+            run |= {"training_seconds": self.throughput.seconds(), **self.energy.record()}
             if "tokens" in run:
                 run["tokens"] = run["tokens"] * state.global_step // state.max_steps
         rows = reversed(state.log_history)
@@ -241,7 +247,7 @@ class ReZeroTrainer(PushingTrainer):
         return run
 
     def own_state(self) -> dict[str, Any]:
-        shared = {"tokens": self._tokens, "clock": self.throughput.state()}
+        shared = {"tokens": self._tokens, "clock": self.throughput.state(), "energy_kwh": self.energy.kwh()}
         if self.watch is not None:
             shared["watch"] = self.watch.state()
         return {"shared": shared, "each": {name: int(count) for name, count in self._seen.items()}}
@@ -249,6 +255,7 @@ class ReZeroTrainer(PushingTrainer):
     def restore_own_state(self, shared: dict[str, Any], each: list[dict[str, Any]]) -> None:
         self._tokens = shared["tokens"]
         self.throughput.start(**shared["clock"])
+        self.energy.start(shared.get("energy_kwh"))
         if self.watch is not None and "watch" in shared:
             self.watch.restore(shared["watch"])
         if len(each) == self.args.world_size:

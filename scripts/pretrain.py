@@ -164,6 +164,7 @@ def main(
             "finished": now(),
             "wall_seconds": round(time.perf_counter() - started, 1),
             "training_seconds": training_seconds,
+            **trainer.energy.record(),
             "results": results,
         }
         metrics = read_metrics(output / "metrics.jsonl")
