@@ -24,16 +24,17 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import parse_ratelimit_headers
 
 from .errors import HUB_FAILURES, UserError
-from .export import FIGURES
+from .export import EXPORTED, FIGURES
 from .hub import USER_SECTION, user_section
 
 
 # Answers after which the same request may succeed: the server is busy, or somebody else has committed meanwhile.
 PASSING = {408, 409, 412, 425, 429, 500, 502, 503, 504}
-# Left by an earlier push when the new one lacks them. Any other file may be somebody's.
+# Left by an earlier push when the new one lacks them: weights, figures, checkpoints, and what an export calls by one name
+# alone. Any other file may be somebody's, and so may the text of a card.
+NAMES = [*FIGURES, *(name for name in EXPORTED if "*" not in name and name != "README.md")]
 STALE = re.compile(
-    r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
-    rf"|{'|'.join(map(re.escape, FIGURES))}|checkpoint-(?P<step>\d+)/.+"
+    rf"model(-\d+-of-\d+)?\.safetensors|{'|'.join(map(re.escape, NAMES))}|checkpoint-(?P<step>\d+)/.+"
 )
 # Seconds without a byte after which a connection counts as lost. The client's own default is never.
 READ_TIMEOUT, ACCESS_TIMEOUT = 300.0, 30.0

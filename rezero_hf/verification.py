@@ -54,6 +54,7 @@ def verify_folder(folder: str | Path) -> None:
     if not folder.is_dir():
         raise CheckpointError(folder, ["there is no such folder"])
     problems: list[str] = []
+    config = _read_json(folder, "config.json", problems)
     files = sorted(path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink())
     for path in files:
         name = path.relative_to(folder).as_posix()
@@ -62,8 +63,7 @@ def verify_folder(folder: str | Path) -> None:
         elif any(fnmatch(path.name, pattern) for pattern in FORBIDDEN):
             problems.append(f"{name}: pickles, optimiser states and caches do not belong in a published folder")
         else:
-            problems += find_traces(path, name)
-    config = _read_json(folder, "config.json", problems)
+            problems += find_traces(path, name, _classes(config))
     if config is not None:
         problems += _check_code(folder, config)
         problems += _check_model(folder, config)
@@ -80,9 +80,16 @@ def verify_text(folder: str | Path) -> None:
     """
     folder = Path(folder)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    problems = [line for path in files for line in find_traces(path, path.relative_to(folder).as_posix())]
+    classes = _classes(_read_json(folder, "config.json", []))
+    problems = [line for path in files for line in find_traces(path, path.relative_to(folder).as_posix(), classes)]
     if problems:
         raise CheckpointError(folder, problems)
+
+
+def _classes(config: dict | None) -> list[str]:
+    """The names that a classifier gives: its user's words, which are meant to be published."""
+    names = (config or {}).get("id2label")
+    return [str(name) for name in names.values()] if isinstance(names, dict) else []
 
 
 def _check_code(folder: Path, config: dict) -> list[str]:

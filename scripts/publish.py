@@ -32,8 +32,6 @@ def main(
         verify_checkpoint(folder)
     name, _, branch = repository.partition("@")
     where = Repository(name, branch or None, private)
-    if push and (problem := check_access(where)) is not None:
-        print(f"{where}: {problem}")
     # On the same disk files are linked instead of copied.
     beside = folder.absolute().parent
     with TemporaryDirectory(prefix=".publish-", dir=beside if os.access(beside, os.W_OK) else None) as staging:
@@ -47,6 +45,9 @@ def main(
         if not push:
             print(f"nothing was uploaded; --push uploads this to {where}")
             return
+        # Makes the repository, which a folder that is refused must not leave behind.
+        if (problem := check_access(where)) is not None:
+            print(f"{where}: {problem}")
         # Training checkpoints there are for somebody to go on from.
         words = {"keep": lambda step: True, "patience": 60 * patience, "tell": print}
         pushed = push_folder(ready, where, message, **words)

@@ -1,14 +1,16 @@
 """A push is one commit or none, whatever the Hub does, and what is there afterwards loads."""
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 from hub_server import DROP, DROP_AFTER, Refuse, Slow
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, HfApi, snapshot_download
 
 from rezero_hf import ReZeroForCausalLM, export_folder, publishing
 from rezero_hf.errors import UserError
@@ -118,15 +120,39 @@ def test_killed_between_upload_and_commit_it_leaves_nothing_half(hub, exported, 
     assert len([path for method, path in hub.requests if method == "PUT"]) == 1
 
 
+def publish(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["publish.py", *map(str, words)])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path("scripts/publish.py", run_name="__main__")
+    return end.value.code
+
+
+def test_the_script_pushes_what_a_stranger_loads(hub, exported, tiny_model, ids, monkeypatch, capsys):
+    """One commit with a card under the repository's name, which the library loads and fetches whole, byte for byte. A
+    folder that is refused leaves no repository behind."""
+    (exported / "config.json").rename(exported / "kept.json")
+    assert publish(monkeypatch, exported, REPO, "--push") == 2
+    assert "no config.json" in capsys.readouterr().err and not any("create" in path for _, path in hub.requests)
+    (exported / "kept.json").rename(exported / "config.json")
+    assert not publish(monkeypatch, exported, REPO, "--push", "--message", "First")
+    commit = hub.commits(REPO)[-1]
+    assert commit.message == "First" and f"commit {commit.sha}" in capsys.readouterr().out
+    fetched = Path(snapshot_download(REPO, revision=commit.sha))
+    assert names(fetched) == commit.files.keys()
+    assert all((fetched / name).read_bytes() == content for name, content in commit.files.items())
+    assert f'from_pretrained("{REPO}")' in (fetched / "README.md").read_text()
+    model = ReZeroForCausalLM.from_pretrained(REPO, revision=commit.sha)
+    assert model(ids).logits.equal(tiny_model()(ids).logits)
+
+
 def test_files_of_an_earlier_push_go_and_others_stay(hub, exported):
-    """Shards that the new push has not, and the checkpoint before, leave in the same commit; a stranger's files do not."""
+    """Shards, recipe and records that the new push has not, and the checkpoint before, leave in the same commit; a
+    stranger's files do not."""
     push_folder(exported, WHERE, "Step 10")
     strangers = {"handler.py", "notes.txt", "model_ema/weights.safetensors", "figures/diagram.png"}
     earlier = [
-        "model-00001-of-00002.safetensors",
-        "figures/gates.png",
-        "checkpoint-10/model.safetensors",
-        *sorted(strangers),
+        *("model-00001-of-00002.safetensors", "figures/gates.png", "checkpoint-10/model.safetensors"),
+        *("recipe.yaml", "metrics.jsonl", "preprocessor_config.json", *sorted(strangers)),
     ]
     HfApi().create_commit(REPO, [CommitOperationAdd(name, b"old") for name in earlier], commit_message="Earlier")
     push_folder(exported, WHERE, "Step 20", keep=lambda step: step == 10)
