@@ -37,7 +37,7 @@ class CheckpointError(UserError):
         super().__init__("\n".join([f"{folder} is not a publishable folder:", *(f"  - {line}" for line in problems)]))
 
 
-def verify_folder(folder: str | Path) -> None:
+def verify_folder(folder: str | Path, *, licensed: bool = True) -> None:
     """Check that a folder is complete, loads, and tells nothing about who made it. None of its code is run.
 
     Checked: the code that `auto_map` names, with everything it imports; the weights, by name, shape and finiteness,
@@ -46,6 +46,7 @@ def verify_folder(folder: str | Path) -> None:
 
     Args:
         folder: A folder as `export_folder` writes it.
+        licensed: Its card has to name a licence. Default: yes, as for whatever is published.
 
     Raises:
         CheckpointError: Lists every problem, one a line.
@@ -67,7 +68,7 @@ def verify_folder(folder: str | Path) -> None:
     if config is not None:
         problems += _check_code(folder, config)
         problems += _check_model(folder, config)
-    problems += _check_card(folder)
+    problems += _check_card(folder, licensed)
     if problems:
         raise CheckpointError(folder, problems)
 
@@ -243,7 +244,7 @@ def _check_tokenizer(folder: Path, model: PreTrainedModel) -> list[str]:
     return problems
 
 
-def _check_card(folder: Path) -> list[str]:
+def _check_card(folder: Path, licensed: bool) -> list[str]:
     path = folder / "README.md"
     if not path.is_file():
         return ["README.md: there is no model card"]
@@ -254,10 +255,10 @@ def _check_card(folder: Path) -> list[str]:
         return [f"README.md: the metadata do not parse ({_line(error)})"]
     metadata = card.data.to_dict()
     problems = [
-        f"README.md: the metadata lack {field}"
-        for field in ("license", "library_name", "pipeline_tag")
-        if not metadata.get(field)
+        f"README.md: the metadata lack {field}" for field in ("library_name", "pipeline_tag") if not metadata.get(field)
     ]
+    if licensed and not metadata.get("license"):
+        problems.append("README.md: the metadata lack license, that of the model it began with or yours: say --license")
     for target in re.findall(r"\]\(([^)\s#]+)\)", card.text):
         if "://" not in target and not (folder / target).is_file():
             problems.append(f"README.md: shows {target}, which is not in the folder")

@@ -134,13 +134,14 @@ def test_the_script_pushes_what_a_stranger_loads(hub, exported, tiny_model, ids,
     assert publish(monkeypatch, exported, REPO, "--push") == 2
     assert "no config.json" in capsys.readouterr().err and not any("create" in path for _, path in hub.requests)
     (exported / "kept.json").rename(exported / "config.json")
-    assert not publish(monkeypatch, exported, REPO, "--push", "--message", "First")
+    assert not publish(monkeypatch, exported, REPO, "--push", "--message", "First", "--license", "mit")
     commit = hub.commits(REPO)[-1]
     assert commit.message == "First" and f"commit {commit.sha}" in capsys.readouterr().out
     fetched = Path(snapshot_download(REPO, revision=commit.sha))
     assert names(fetched) == commit.files.keys()
     assert all((fetched / name).read_bytes() == content for name, content in commit.files.items())
-    assert f'from_pretrained("{REPO}")' in (fetched / "README.md").read_text()
+    card = (fetched / "README.md").read_text()
+    assert f'from_pretrained("{REPO}")' in card and "\nlicense: mit\n" in card
     model = ReZeroForCausalLM.from_pretrained(REPO, revision=commit.sha)
     assert model(ids).logits.equal(tiny_model()(ids).logits)
 
@@ -210,15 +211,20 @@ def test_what_a_reader_wrote_into_the_card_on_the_hub_stays(hub, exported):
     assert hub.commits(REPO)[-1].files["README.md"] == b"# Mine"
 
 
-def test_a_section_written_here_reaches_a_hub_that_has_none(hub, exported):
-    """Nor does the README of metadata alone that the website makes for a licence stand in the way."""
+def test_a_section_written_here_reaches_a_hub_that_has_none(hub, exported, tmp_path):
+    """Nor does the README of metadata alone that the website makes for a licence stand in the way: the card takes it over,
+    unless another one was said."""
     HfApi().create_repo(REPO)
-    website = [CommitOperationAdd("README.md", b"---\nlicense: apache-2.0\n---\n")]
+    website = [CommitOperationAdd("README.md", b"---\nlicense: cc-by-4.0\n---\n")]
     HfApi().create_commit(REPO, website, commit_message="Licence")
     card = (exported / "README.md").read_text()
     (exported / "README.md").write_text(card.replace(USER_SECTION[0], f"{USER_SECTION[0]}\n\nMade at home."))
     push_folder(exported, WHERE, "Step 10")
-    assert b"Made at home." in hub.commits(REPO)[-1].files["README.md"]
+    there = hub.commits(REPO)[-1].files["README.md"]
+    assert b"Made at home." in there and b"apache-2.0" not in there
+    assert b"\nlicense: cc-by-4.0\n" in there and b"Code and weights: cc-by-4.0." in there
+    push_folder(make_publishable(stage(exported, tmp_path / "staged"), REPO, "mit"), WHERE, "Step 20")
+    assert b"\nlicense: mit\n" in hub.commits(REPO)[-1].files["README.md"]
 
 
 def test_a_branch_is_made_and_leaves_main_alone(hub, exported):
