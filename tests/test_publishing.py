@@ -16,6 +16,8 @@ from rezero_hf import ReZeroForCausalLM, export_folder, publishing
 from rezero_hf.errors import UserError
 from rezero_hf.export import describe_folder
 from rezero_hf.hub import USER_SECTION
+from rezero_hf.licences import license_there
+from rezero_hf.opening import find
 from rezero_hf.publishing import PushError, Repository, check_access, push_folder
 from rezero_hf.staging import make_publishable, stage
 
@@ -137,6 +139,8 @@ def test_the_script_pushes_what_a_stranger_loads(hub, exported, tiny_model, ids,
     assert not publish(monkeypatch, exported, REPO, "--push", "--message", "First", "--license", "mit")
     commit = hub.commits(REPO)[-1]
     assert commit.message == "First" and f"commit {commit.sha}" in capsys.readouterr().out
+    there = f"{REPO}@{commit.sha}"
+    assert license_there(there) == license_there(find(there)[0]) == "mit"
     fetched = Path(snapshot_download(REPO, revision=commit.sha))
     assert names(fetched) == commit.files.keys()
     assert all((fetched / name).read_bytes() == content for name, content in commit.files.items())
