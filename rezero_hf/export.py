@@ -72,6 +72,7 @@ def export_folder(
     metrics: list[dict] | None = None,
     recipe_text: str | None = None,
     state_dict: dict[str, Any] | None = None,
+    license: str | None = None,
 ) -> Path:
     """Write a folder that goes to the Hub as it is, and loads anywhere.
 
@@ -88,6 +89,9 @@ def export_folder(
         metrics: Rows of `metrics.jsonl`, written as they are and drawn.
         recipe_text: The resolved recipe, written to `recipe.yaml` and the card.
         state_dict: The weights, where the model's own are shards. Default: the model's.
+        license: Of code and weights, as the Hub names it (`mit`, `cc-by-nc-4.0`). Default: what `run` says as its
+            `license`, else what an earlier export there says, else apache-2.0; but of a model that began with another's
+            weights (`init_from` of `run`) none, which is no error before it is published.
 
     Returns:
         The folder.
@@ -111,13 +115,13 @@ def export_folder(
         raise UserError(f"{folder} cannot be made ({error.strerror}); choose another folder to export to") from error
     try:
         _write_model(model, processor, partial, state_dict)
-        write_records(partial, run, recipe_text)
+        write_records(partial, run if license is None else {**(run or {}), "license": license}, recipe_text)
         if metrics:
             rows = "".join(json.dumps(row) + "\n" for row in metrics)
             (partial / "metrics.jsonl").write_text(rows, encoding="utf-8")
         describe_folder(partial, previous=old_card)
         try:
-            verify_folder(partial)
+            verify_folder(partial, licensed=False)
         except CheckpointError as error:
             raise CheckpointError(folder, error.problems) from None
         _swap(folder, partial, previous)

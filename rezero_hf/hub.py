@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 from .descriptions import Description, description_of
 from .errors import UserError
 from .figures import gate_history
+from .licences import licence_section, license_of
 from .markdown import duration, fenced, flat, join, number, quoted, table
 from .models.residual import RESIDUAL_FORMS
 
@@ -60,21 +61,20 @@ def render_card(
     metrics: Sequence[dict] | None = None,
     recipe_text: str | None = None,
     figures: Iterable[str] = (),
-    license: str = "apache-2.0",
     previous: str | None = None,
 ) -> ModelCard:
     """Render a model card.
 
     Args:
         run: The run's record (`run.json`): name, data, device, times, versions, results, and `repo_id`, `ORG/NAME` on
-            the Hub, for the usage snippets. Whatever it lacks, the card leaves out, but for a placeholder, explained as
-            one, instead of `repo_id`; None is a model without a record.
+            the Hub, for the usage snippets, and `license`, of code and weights, as the Hub names it
+            (`licences.license_of` says what holds without). Whatever it lacks, the card leaves out, but for a
+            placeholder, explained as one, instead of `repo_id`; None is a model without a record.
         config: The model's configuration: where the description of the architecture comes from.
         metrics: Rows of `metrics.jsonl`, for the sentence on what the gates became.
         recipe_text: The resolved recipe, embedded as it is.
         figures: Paths inside the folder of the pictures to show, e.g. `"figures/loss.png"`.
-        license: Of code and weights, as a Hub licence id. The data's licence is stated beside it.
-        previous: The text of the card this one replaces; its user's section is carried over.
+        previous: The text of the card this one replaces; its user's section is carried over, and its licence.
 
     Raises:
         UserError: there is no card for this head, or `previous` has no user's section, or more than one: its text would
@@ -96,6 +96,8 @@ def render_card(
         licences = [notice] if (notice := data.pop("notice", None)) else []
     titles = IMAGE_SOURCES | {name: entry["title"] for name, entry in SOURCES.items()}
     name = run.get("name") or about.name
+    license = license_of(run, previous)
+    prompt = known[0]["prompt"] if known else "The "
     # A Hub data set can also be a folder on disk, which the Hub could not link to.
     hub_ids = [
         match.group(1) for match in (re.fullmatch(r"hub:([\w-]+/[\w.-]+)", source) for source in sources) if match
@@ -125,6 +127,8 @@ def render_card(
         unfinished=run.get("unfinished"),
         surgery=join(operation["what"] for operation in run.get("surgery") or ()),
         origin=(run.get("init_from") or {}).get("path"),
+        # Every record of a run says when it began; of one without it nobody knows with which weights.
+        began=run.get("started"),
         parameters=f"{run['parameters']:,}" if run.get("parameters") else None,
         sources=join(titles.get(source, f"`{source}`") for source in sources),
         difference=about.difference,
@@ -136,13 +140,13 @@ def render_card(
         figures=[{"path": path, "text": _captions(about).get(path, path)} for path in figures],
         repo_id=run.get("repo_id") or REPO_PLACEHOLDER,
         placeholder=not run.get("repo_id"),
-        prompt=quoted(known[0]["prompt"] if known else "The "),
+        prompt=quoted(prompt if about.writes else prompt.strip()),
         data=table(("data", "value"), flat(data)),
         licences="\n".join(licences),
         training=table(("training", "value"), _training(run)),
         recipe=fenced(recipe_text, "yaml") if recipe_text else None,
         risks=[entry["risk"] for entry in known if about.writes and entry["risk"]],
-        licence=_licence(license, about, len(licences), len(sources)),
+        licence=licence_section(license, about, len(licences), len(sources)),
         user_section=_user_section(previous),
     )
 
@@ -210,13 +214,17 @@ def _training(run: Mapping[str, Any]) -> dict[str, str]:
     return {label: value for label, value in rows.items() if value}
 
 
-def _splits(measured: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """The measured numbers of each split under `results`, in the order they were recorded in."""
+def _splits(measured: Mapping[str, Any], about: Description) -> dict[str, dict[str, float]]:
+    """The measured numbers of each split under `results`, in the order they were recorded in.
+
+    Without the loss of words: a mean of batches' means, it changes with the size of a batch.
+    """
     splits = {
         split: {
             metric: value
             for metric, value in (found or {}).items()
             if isinstance(value, int | float) and not isinstance(value, bool)
+            if not (metric == "loss" and about.item == "word")
         }
         for split, found in (measured.get("results") or {}).items()
     }
@@ -237,7 +245,7 @@ def _captions(about: Description) -> dict[str, str]:
 
 
 def _results(run: Mapping[str, Any], about: Description) -> str | None:
-    splits = _splits(run)
+    splits = _splits(run, about)
     columns = list(dict.fromkeys(metric for measured in splits.values() for metric in measured))
     rows = [[split, *(number(measured.get(metric)) for metric in columns)] for split, measured in splits.items()]
     return table(("split", *(_metric(metric, about) for metric in columns)), rows)
@@ -247,7 +255,7 @@ def _evaluations(run: Mapping[str, Any], about: Description) -> str | None:
     rows = [
         (", ".join(_sources(evaluation)), split, *([] if about.of_images else [_way(evaluation)]), found)
         for evaluation in run.get("evaluations") or ()
-        for split, found in _splits(evaluation).items()
+        for split, found in _splits(evaluation, about).items()
     ]
     columns = list(dict.fromkeys(metric for *_, found in rows for metric in found))
     cells = [[*words, *(number(found.get(metric)) for metric in columns)] for *words, found in rows]
@@ -278,7 +286,7 @@ def _eval_results(run: Mapping[str, Any], about: Description, sources: list[str]
                 metric_name=_metric(metric, about) + (f" ({way})" if way else ""),
                 metric_value=value,
             )
-            for split, numbers in _splits(found).items()
+            for split, numbers in _splits(found, about).items()
             for metric, value in numbers.items()
             # Counts of what was measured on are no metrics.
             if not isinstance(value, int)
@@ -286,16 +294,3 @@ def _eval_results(run: Mapping[str, Any], about: Description, sources: list[str]
             and math.isfinite(value)
         ]
     return results
-
-
-def _licence(license: str, about: Description, stated: int, sources: int) -> str:
-    """Of code and weights, and whether that of the data is known; `stated` of `sources` are."""
-    text = f"Code and weights: {license}."
-    data = "images" if about.of_images else "text"
-    if stated and about.of_images:
-        text += " What is known of the licence of the training images stands under Data."
-    elif stated:
-        text += " The licence of the training text is stated under Data."
-    if stated < sources or not sources:
-        text += f" The licence of the training {data} was not recorded: check it before you build on the model."
-    return text

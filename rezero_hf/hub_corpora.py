@@ -40,7 +40,7 @@ class HubText(Corpus):
     def __init__(self, name: str, source: Source, fractions: dict[str, float], cache_dir: Path) -> None:
         if not name:
             raise DataError("data.sources: 'hub:' names no data set: write hub:ORG/NAME")
-        self.label = f"hub:{Path(name).name if Path(name).is_absolute() else name}"
+        self.label = label_of(name)
         self._name, self._source, self._fractions, self._cache_dir = name, source, fractions, cache_dir
         self._identity: dict[str, Any] = {}
         self._notes: dict[str, Any] = {}
@@ -54,7 +54,7 @@ class HubText(Corpus):
     def _find_identity(self) -> dict[str, Any]:
         source = self._source
         key = {
-            "kind": "hub",
+            "kind": "hub" if self.label.startswith("hub:") else "local",
             "name": self.label,
             "config_name": source.config_name,
             "text_column": source.text_column,
@@ -126,6 +126,18 @@ def _carve(digest: int, fractions: dict[str, float]) -> str:
             return split
         position -= fraction
     return "train"
+
+
+def label_of(name: str) -> str:
+    """What records and messages call a data set: `hub:ORG/NAME`, or where it lies on this machine, if it does.
+
+    Without absolute paths, and a folder with a slash at its end: one called `digits` is not the data set of that name.
+    """
+    path = Path(name)
+    shown = path.name if path.is_absolute() else name
+    if not path.exists():
+        return f"hub:{shown}"
+    return f"{shown.rstrip('/')}/" if path.is_dir() else shown
 
 
 def current_version(label: str, name: str, config_name: str | None, revision: str | None, memory: Path) -> str:

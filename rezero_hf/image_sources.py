@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .hub_corpora import SPLIT_NAMES, current_version, load_version
+from .hub_corpora import SPLIT_NAMES, current_version, label_of, load_version
 from .image_config import ImageDataConfig
 from .sources import DataError, explained, memory_file, read_once, sha256_of
 
@@ -154,7 +154,7 @@ class HubImages(_TypedColumns):
     def __init__(self, config: ImageDataConfig, cache_dir: Path) -> None:
         super().__init__(config)
         self._name = os.path.expanduser(config.source.removeprefix("hub:"))
-        self.label = f"hub:{Path(self._name).name if Path(self._name).is_absolute() else self._name}"
+        self.label = label_of(self._name)
         revision = config.revision or (config.known.revision if config.known else None)
         self._version_of = (self.label, self._name, config.config_name, revision)
         self._memory = memory_file(cache_dir, ["images", *self._version_of])
@@ -164,7 +164,8 @@ class HubImages(_TypedColumns):
         if self._version is None:
             self._version = current_version(*self._version_of, self._memory)
         named = {"config_name": self._config.config_name, "version": self._version}
-        return {"kind": "hub", "name": self.label, **named, **self._columns}
+        kind = "hub" if self.label.startswith("hub:") else "local"
+        return {"kind": kind, "name": self.label, **named, **self._columns}
 
     def _load(self) -> dict[str, Any]:
         return load_version(*self._version_of, self.identity()["version"])

@@ -24,9 +24,10 @@ from .starting import UNREADABLE, load_whole
 
 
 IMAGE_CLASSIFIERS = (ReZeroResNetForImageClassification, ReZeroMLPForImageClassification)
-# Weights and what describes them, at the root of a repository; checkpoints to go on from lie in folders beside.
+# Weights, what describes them, and the card for its licence, at the root of a repository; checkpoints to go on from
+# lie in folders beside.
 WANTED = {
-    "allow_patterns": ["*.json", "*.safetensors", "*.txt", "*.model", "*.yaml", "*.jinja"],
+    "allow_patterns": ["*.json", "*.safetensors", "*.txt", "*.model", "*.yaml", "*.jinja", "README.md"],
     "ignore_patterns": ["*/*"],
 }
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from json import JSONDecodeError
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, ModelInfo, get_session
 from huggingface_hub.errors import (
@@ -24,17 +25,18 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import parse_ratelimit_headers
 
 from .errors import HUB_FAILURES, UserError
-from .export import FIGURES
+from .export import EXPORTED, FIGURES
 from .hub import USER_SECTION, user_section
+from .licences import DEFAULT, license_in, relicensed
+from .runs import read_record
 
 
 # Answers after which the same request may succeed: the server is busy, or somebody else has committed meanwhile.
 PASSING = {408, 409, 412, 425, 429, 500, 502, 503, 504}
-# Left by an earlier push when the new one lacks them. Any other file may be somebody's.
-STALE = re.compile(
-    r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
-    rf"|{'|'.join(map(re.escape, FIGURES))}|checkpoint-(?P<step>\d+)/.+"
-)
+# Left by an earlier push when the new one lacks them: weights, figures, checkpoints, what an export has one name for.
+# Any other file may be somebody's, and so may the text of a card.
+NAMES = [*FIGURES, *(name for name in EXPORTED if "*" not in name and name != "README.md")]
+STALE = re.compile(rf"model(-\d+-of-\d+)?\.safetensors|{'|'.join(map(re.escape, NAMES))}|checkpoint-(?P<step>\d+)/.+")
 # Seconds without a byte after which a connection counts as lost. The client's own default is never.
 READ_TIMEOUT, ACCESS_TIMEOUT = 300.0, 30.0
 # Seconds before the second attempt; doubled every time up to the last one. The Hub allows 128 commits an hour.
@@ -159,7 +161,7 @@ def check_access(repository: Repository, api: HfApi | None = None) -> str | None
         name = repository.prepare(api)
         api.auth_check(name, token=repository.token, write=True)
         head = api.repo_info(name, revision=repository.branch, token=repository.token)
-        _section_on_the_hub(name, head, api, repository.token)
+        _card_on_the_hub(name, head, api, repository.token)
     except HFValidationError as error:
         raise PushError(f"{repository}: {_one_line(error)}") from error
     except HUB_FAILURES as error:
@@ -187,8 +189,9 @@ def _commit(
     for path_in_repo, path in files.items():
         content = path
         if path_in_repo == "README.md":
-            section = _section_on_the_hub(name, head, api, token)
-            content = _with_section(path.read_text(encoding="utf-8"), section, name).encode()
+            old, card = _card_on_the_hub(name, head, api, token), path.read_text(encoding="utf-8")
+            card = _with_section(card, user_section(old) or "", name)
+            content = _with_license(card, old, read_record(path.with_name("run.json"))).encode()
         operations.append(CommitOperationAdd(path_in_repo, content))
     left = [found for file in sorted(there - files.keys()) if (found := STALE.fullmatch(file))]
     stale = [found.string for found in left if found["step"] is None or not keep(int(found["step"]))]
@@ -202,18 +205,17 @@ def _commit(
     return commit.oid
 
 
-def _section_on_the_hub(name: str, head: ModelInfo, api: HfApi, token: str | None) -> str:
-    """What the card's reader has written into the one on the Hub; empty where there is none, or only metadata."""
+def _card_on_the_hub(name: str, head: ModelInfo, api: HfApi, token: str | None) -> str:
+    """The card there, which is one of this package's or metadata alone; empty where there is none."""
     if "README.md" not in {file.rfilename for file in head.siblings or ()}:
         return ""
     old = Path(api.hf_hub_download(name, "README.md", revision=head.sha, token=token)).read_text(encoding="utf-8")
-    section = user_section(old)
-    if section is None and ModelCard(old, ignore_metadata_errors=True).text.strip():
+    if user_section(old) is None and ModelCard(old, ignore_metadata_errors=True).text.strip():
         raise UserError(
             f"{name}: the README.md there is not one of this package's, and would be lost; put the lines "
             f"{USER_SECTION[0]!r} and {USER_SECTION[1]!r} around what to keep, or delete it"
         )
-    return section or ""
+    return old
 
 
 def _with_section(card: str, section: str, name: str) -> str:
@@ -227,6 +229,13 @@ def _with_section(card: str, section: str, name: str) -> str:
         )
     begin, end = USER_SECTION
     return f"{card[: card.index(begin) + len(begin)]}\n\n{section}\n\n{card[card.index(end) :]}"
+
+
+def _with_license(card: str, old: str, run: dict[str, Any]) -> str:
+    """The card with the licence from the Hub, where nobody has said another than a new model's."""
+    there = license_in(old)
+    said = run.get("license") or license_in(card) != DEFAULT
+    return card if said or not there else relicensed(card, there)
 
 
 def _may_pass(error: Exception) -> bool:

@@ -39,12 +39,13 @@ def left_out(source: Path) -> list[str]:
     return [name for name in files_in(source) if not is_exported(name)]
 
 
-def make_publishable(staged: Path, repo_id: str | None = None) -> Path:
+def make_publishable(staged: Path, repo_id: str | None = None, license: str | None = None) -> Path:
     """Render the card and the figures of a staged folder, and verify everything; returns the folder to upload.
 
     Args:
         staged: from `stage`.
         repo_id: `ORG/NAME`, which its record then says, for the card's usage snippets.
+        license: which its record then says. Default: what it says already, as in `export_folder`.
 
     Raises:
         UserError: it is no model, would not load, or holds what must not be published; every problem is listed.
@@ -52,7 +53,8 @@ def make_publishable(staged: Path, repo_id: str | None = None) -> Path:
     root = staged / "root"
     if not (root / "config.json").is_file():
         raise UserError("there is no model to push: the folder has no config.json")
-    write_records(root, read_record(root / "run.json") | {"repo_id": repo_id}, None)
+    said = {"license": license} if license else {}
+    write_records(root, read_record(root / "run.json") | {"repo_id": repo_id} | said, None)
     describe_folder(root)
     verify_folder(root)
     for checkpoint in (staged / "beside").glob("*"):

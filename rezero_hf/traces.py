@@ -3,6 +3,7 @@
 import getpass
 import re
 import socket
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +36,16 @@ def scrub(record: Any, names: bool = True) -> Any:
     """Copy a record without what only the machine it was made on needs to know.
 
     Absolute paths shrink to their last part and home folders to `<home>`, names of user and host become `<user>` and
-    `<host>`, and fields that hold one of them or a directory of theirs are dropped.
+    `<host>`, and fields that hold one of them or a directory of theirs are dropped. `classes`, the names that a model
+    gives, are its user's words and stay.
 
     Args:
         record: Text, or anything JSON can hold.
         names: Also replace the names of user and host.
     """
     if isinstance(record, dict):
-        return {key: scrub(value, names) for key, value in record.items() if str(key).lower() not in PERSONAL_KEYS}
+        kept = {key: value for key, value in record.items() if str(key).lower() not in PERSONAL_KEYS}
+        return {key: value if key == "classes" else scrub(value, names) for key, value in kept.items()}
     if isinstance(record, list | tuple):
         return [scrub(value, names) for value in record]
     if not isinstance(record, str):
@@ -71,12 +74,13 @@ def _shortened(found: re.Match) -> str:
     return last + path[len(whole) :]
 
 
-def find_traces(path: Path, name: str) -> list[str]:
+def find_traces(path: Path, name: str, classes: Collection[str] = ()) -> list[str]:
     """Secrets and traces of the machine in one file, when it is text: a line for each.
 
     Args:
         path: the file.
         name: its path inside the folder, for the lines.
+        classes: names that the model gives, which may look like paths.
     """
     if path.suffix in (".safetensors", ".png"):
         return []
@@ -95,7 +99,9 @@ def find_traces(path: Path, name: str) -> list[str]:
     # An escaped line break would hide that a path begins after it.
     text = re.sub(r"\\[nrt]", "  ", text)
     for found in ABSOLUTE_PATH.finditer(text):
-        problems.append(f"{name}:{text.count(chr(10), 0, found.start()) + 1}: holds an absolute path, {found.group()}")
+        if not any(found.group() in word for word in classes):
+            line = text.count("\n", 0, found.start()) + 1
+            problems.append(f"{name}:{line}: holds an absolute path, {found.group()}")
     # What the package writes from its own words is not searched for names: a host may be called like one of them.
     if name == "recipe.yaml":
         sections = NAMED_BY_PEOPLE.findall(text)

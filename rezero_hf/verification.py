@@ -37,7 +37,7 @@ class CheckpointError(UserError):
         super().__init__("\n".join([f"{folder} is not a publishable folder:", *(f"  - {line}" for line in problems)]))
 
 
-def verify_folder(folder: str | Path) -> None:
+def verify_folder(folder: str | Path, *, licensed: bool = True) -> None:
     """Check that a folder is complete, loads, and tells nothing about who made it. None of its code is run.
 
     Checked: the code that `auto_map` names, with everything it imports; the weights, by name, shape and finiteness,
@@ -46,6 +46,7 @@ def verify_folder(folder: str | Path) -> None:
 
     Args:
         folder: A folder as `export_folder` writes it.
+        licensed: Its card has to name a licence. Default: yes, as for whatever is published.
 
     Raises:
         CheckpointError: Lists every problem, one a line.
@@ -54,6 +55,7 @@ def verify_folder(folder: str | Path) -> None:
     if not folder.is_dir():
         raise CheckpointError(folder, ["there is no such folder"])
     problems: list[str] = []
+    config = _read_json(folder, "config.json", problems)
     files = sorted(path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink())
     for path in files:
         name = path.relative_to(folder).as_posix()
@@ -62,12 +64,11 @@ def verify_folder(folder: str | Path) -> None:
         elif any(fnmatch(path.name, pattern) for pattern in FORBIDDEN):
             problems.append(f"{name}: pickles, optimiser states and caches do not belong in a published folder")
         else:
-            problems += find_traces(path, name)
-    config = _read_json(folder, "config.json", problems)
+            problems += find_traces(path, name, _classes(config))
     if config is not None:
         problems += _check_code(folder, config)
         problems += _check_model(folder, config)
-    problems += _check_card(folder)
+    problems += _check_card(folder, licensed)
     if problems:
         raise CheckpointError(folder, problems)
 
@@ -80,9 +81,16 @@ def verify_text(folder: str | Path) -> None:
     """
     folder = Path(folder)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    problems = [line for path in files for line in find_traces(path, path.relative_to(folder).as_posix())]
+    classes = _classes(_read_json(folder, "config.json", []))
+    problems = [line for path in files for line in find_traces(path, path.relative_to(folder).as_posix(), classes)]
     if problems:
         raise CheckpointError(folder, problems)
+
+
+def _classes(config: dict | None) -> list[str]:
+    """The names that a classifier gives: its user's words, which are meant to be published."""
+    names = (config or {}).get("id2label")
+    return [str(name) for name in names.values()] if isinstance(names, dict) else []
 
 
 def _check_code(folder: Path, config: dict) -> list[str]:
@@ -236,7 +244,7 @@ def _check_tokenizer(folder: Path, model: PreTrainedModel) -> list[str]:
     return problems
 
 
-def _check_card(folder: Path) -> list[str]:
+def _check_card(folder: Path, licensed: bool) -> list[str]:
     path = folder / "README.md"
     if not path.is_file():
         return ["README.md: there is no model card"]
@@ -247,10 +255,10 @@ def _check_card(folder: Path) -> list[str]:
         return [f"README.md: the metadata do not parse ({_line(error)})"]
     metadata = card.data.to_dict()
     problems = [
-        f"README.md: the metadata lack {field}"
-        for field in ("license", "library_name", "pipeline_tag")
-        if not metadata.get(field)
+        f"README.md: the metadata lack {field}" for field in ("library_name", "pipeline_tag") if not metadata.get(field)
     ]
+    if licensed and not metadata.get("license"):
+        problems.append("README.md: the metadata lack license, that of the model it began with or yours: say --license")
     for target in re.findall(r"\]\(([^)\s#]+)\)", card.text):
         if "://" not in target and not (folder / target).is_file():
             problems.append(f"README.md: shows {target}, which is not in the folder")

@@ -24,6 +24,7 @@ from rezero_hf.starting import SHARDS
 def main(
     checkpoint: Annotated[Path, typer.Argument(help="a folder checkpoint-N of a run")],
     output: Annotated[Path, typer.Argument(help="where to; an earlier export there is replaced")],
+    license: Annotated[str | None, typer.Option(help="of code and weights, as the Hub names it [as recorded]")] = None,
 ):
     verify_checkpoint(checkpoint)
     config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
@@ -47,6 +48,7 @@ def main(
         run=read_record(checkpoint / "run.json"),
         metrics=read_metrics(checkpoint / "metrics.jsonl") if (checkpoint / "metrics.jsonl").exists() else None,
         recipe_text=recipe.read_text(encoding="utf-8") if recipe.exists() else None,
+        license=license,
     )
     print(f"{output}: {model.num_parameters():,} parameters, verified; it loads anywhere as it is")
 

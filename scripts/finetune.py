@@ -25,6 +25,7 @@ from rezero_hf.durable import write_whole
 from rezero_hf.export import export_folder, rescue
 from rezero_hf.finetuning import add_lora, check_gates, find_base, hold_gates, load_base, read_task
 from rezero_hf.launching import check_launch
+from rezero_hf.licences import license_there
 from rezero_hf.markdown import number, table
 from rezero_hf.optim import gates as gates_of
 from rezero_hf.recipe import script_arguments
@@ -59,6 +60,7 @@ def main(
     gates: Annotated[Gates | None, typer.Option(help="the residual gates [trained; held with --lora]")] = None,
     from_scratch: Annotated[bool, typer.Option("--from-scratch", help="MODEL's configuration, random weights")] = False,
     output: Annotated[Path, typer.Option(help="the run's folder, new")] = Path("runs/finetuned"),
+    license: Annotated[str | None, typer.Option(help="of the model, as the Hub names it [MODEL's]")] = None,
     cache_dir: Annotated[str | None, typer.Option("--cache-dir", help="where prepared data live")] = None,
 ) -> None:
     check_launch()
@@ -87,6 +89,7 @@ def main(
         "trained_parameters": network.num_parameters(only_trainable=True),
         "lora": lora,
         "gates": (gates or (Gates.held if lora else Gates.trained)) if has_gates else None,
+        "license": license or (None if from_scratch else license_there(base.folder)),
     }
     if not from_scratch:
         record["init_from"] = {"path": model, "commit": base.commit}

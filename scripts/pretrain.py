@@ -26,6 +26,7 @@ from rezero_hf.errors import UserError
 from rezero_hf.export import export_folder, rescue
 from rezero_hf.farewell import farewell, sample
 from rezero_hf.launching import LaunchReport, asks_for_fsdp, check_launch
+from rezero_hf.licences import license_there
 from rezero_hf.planning import describe, make_plan
 from rezero_hf.recipe import load_language_recipe
 from rezero_hf.rehearsal import rehearse
@@ -108,7 +109,7 @@ def main(
         "data": prepared.record(),
     }
     if plan.init_from.path is not None:
-        record["init_from"] = asdict(plan.init_from)
+        record |= {"init_from": asdict(plan.init_from), "license": license_there(plan.init_from.path)}
 
     # Its lock is held for as long as this process lives.
     claimed = []

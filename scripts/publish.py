@@ -24,6 +24,7 @@ def main(
     push: Annotated[bool, typer.Option("--push", help="upload; without it nothing leaves this machine")] = False,
     private: Annotated[bool | None, typer.Option(help="of a repository that does not exist yet")] = None,
     message: Annotated[str, typer.Option(help="of the commit")] = "Publish",
+    license: Annotated[str | None, typer.Option(help="of code and weights, as the Hub names it [as recorded]")] = None,
     patience: Annotated[float, typer.Option(help="minutes during which a busy Hub is tried again")] = 30.0,
 ):
     if not folder.is_dir():
@@ -32,12 +33,10 @@ def main(
         verify_checkpoint(folder)
     name, _, branch = repository.partition("@")
     where = Repository(name, branch or None, private)
-    if push and (problem := check_access(where)) is not None:
-        print(f"{where}: {problem}")
     # On the same disk files are linked instead of copied.
     beside = folder.absolute().parent
     with TemporaryDirectory(prefix=".publish-", dir=beside if os.access(beside, os.W_OK) else None) as staging:
-        ready = make_publishable(stage(folder, Path(staging) / "staged"), name if "/" in name else None)
+        ready = make_publishable(stage(folder, Path(staging) / "staged"), name if "/" in name else None, license)
         files = sorted(path for path in ready.rglob("*") if path.is_file())
         for path in files:
             print(f"{path.stat().st_size:>15,}  {path.relative_to(ready)}")
@@ -47,6 +46,9 @@ def main(
         if not push:
             print(f"nothing was uploaded; --push uploads this to {where}")
             return
+        # Makes the repository, which a folder that is refused must not leave behind.
+        if (problem := check_access(where)) is not None:
+            print(f"{where}: {problem}")
         # Training checkpoints there are for somebody to go on from.
         words = {"keep": lambda step: True, "patience": 60 * patience, "tell": print}
         pushed = push_folder(ready, where, message, **words)

@@ -19,6 +19,7 @@ from rezero_hf.cli import run
 from rezero_hf.descriptions import described_class
 from rezero_hf.errors import UserError, one_line
 from rezero_hf.export import Processor, export_folder
+from rezero_hf.licences import license_there
 from rezero_hf.models import ReZeroForCausalLM
 from rezero_hf.opening import load_folder, load_processor
 from rezero_hf.pruning import prune_layers
@@ -56,6 +57,7 @@ def write(folder: Path, output: Path, model: PreTrainedModel, processor: Process
         run=record,
         metrics=read_metrics(metrics) if metrics.exists() and "pruning" not in facts else None,
         recipe_text=recipe.read_text(encoding="utf-8") if recipe.exists() else None,
+        license=license_there(folder),
     )
     print(f"{output}: {what}; {model.num_parameters():,} parameters, verified; it loads anywhere as it is")
 

@@ -28,6 +28,8 @@ from rezero_hf.models import (
     ReZeroConfig,
     ReZeroForCausalLM,
     ReZeroForQuestionAnswering,
+    ReZeroForSequenceClassification,
+    ReZeroForTokenClassification,
     ReZeroMLPConfig,
     ReZeroMLPForImageClassification,
     ReZeroResNetConfig,
@@ -171,15 +173,25 @@ def test_figures_that_cannot_be_drawn_stay(folder, monkeypatch):
     assert (folder / "README.md").read_text() == card
 
 
+def test_a_model_of_anothers_weights_is_published_under_a_licence_that_somebody_said(tmp_path, tokenizer):
+    """Its export is whole without one; only a check for the Hub asks."""
+    run = RUN | {"init_from": {"path": "ORG/BASE"}}
+    folder = export_folder(tiny(), tokenizer, tmp_path / "model", run=run)
+    assert [line.partition(",")[0] for line in problems(folder)] == ["README.md: the metadata lack license"]
+    verify_folder(export_folder(tiny(), tokenizer, folder, run=run, license="cc-by-nc-4.0"))
+    assert json.loads((folder / "run.json").read_text())["license"] == "cc-by-nc-4.0"
+
+
 def test_a_new_export_replaces_the_old(tmp_path, tokenizer):
-    """Nothing of the old folder stays, except what its user wrote into the card."""
-    folder = export_folder(tiny(), tokenizer, tmp_path / "model", run=RUN, metrics=ROWS, recipe_text=RECIPE)
+    """Nothing of the old folder stays, except its licence and what its user wrote into the card."""
+    told = {"metrics": ROWS, "recipe_text": RECIPE, "license": "mit"}
+    folder = export_folder(tiny(), tokenizer, tmp_path / "model", run=RUN, **told)
     card = folder / "README.md"
     card.write_text(card.read_text().replace(USER_SECTION[0], USER_SECTION[0] + "\nwritten by me"))
     model = tiny(num_hidden_layers=3)
     assert export_folder(model, tokenizer, folder) == folder
     assert not (folder / "recipe.yaml").exists()
-    assert "written by me" in card.read_text()
+    assert "written by me" in card.read_text() and "\nlicense: mit\n" in card.read_text()
     assert AutoModelForCausalLM.from_pretrained(folder).config.num_hidden_layers == 3
     assert list(tmp_path.iterdir()) == [folder]
 
@@ -595,6 +607,24 @@ print(classifier("image.png")[0])
     best = pipeline("image-classification", str(exported_images))(picture)[0]
     assert best["label"] == label
     assert alone.stdout == f"{label}\n{best}\n"
+
+
+@pytest.mark.parametrize("head", [ReZeroForSequenceClassification, ReZeroForTokenClassification])
+def test_a_text_classifier_is_used_as_its_card_says(tmp_path, tokenizer, head):
+    """The card's code names a class for the text, or one for each word. Class names that look like paths are published
+    as they are; a path elsewhere is still refused."""
+    names = {0: "/r/python", 1: "/home/mallory/café"}
+    model = head(tiny(id2label=names, pad_token_id=257).config).eval()
+    run = {"data": {"source": "stdlib-functions", "classes": list(names.values())}}
+    folder = export_folder(model, tokenizer, tmp_path / "model", run=run)
+    assert json.loads((folder / "run.json").read_text()) == run
+    assert "| classes | 2: /r/python, /home/mallory/café |" in (folder / "README.md").read_text()
+    said = printed(snippets(folder)[0])
+    if head is ReZeroForTokenClassification:
+        assert [line.rsplit(" ", 1)[0] for line in said.splitlines()] == ["def", "close(self):"]
+    assert any(name in said for name in names.values())
+    (folder / "notes.txt").write_text("/r/python and /home/mallory/thesis")
+    assert problems(folder) == ["notes.txt:1: holds an absolute path, /home/mallory/thesis"]
 
 
 def printed(code):

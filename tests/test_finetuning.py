@@ -29,6 +29,7 @@ from rezero_hf import ReZeroForSequenceClassification, ReZeroMLPConfig, ReZeroML
 from rezero_hf.blocks import IGNORE_INDEX
 from rezero_hf.errors import UserError
 from rezero_hf.finetuning import add_lora, find_base, load_base, register_lora_targets
+from rezero_hf.hub import render_card
 from rezero_hf.images import image_processor
 from rezero_hf.labelled import STDLIB, read_labelled
 from rezero_hf.runs import read_metrics
@@ -59,6 +60,8 @@ def place(tmp_path_factory, tiny_model, tokenizer):
     torch.manual_seed(0)
     ReZeroMLPForImageClassification(mlp).save_pretrained(folder / "images")
     image_processor((8, 8), [0.3], [0.4]).save_pretrained(folder / "images")
+    for name in ("text", "images"):
+        (folder / name / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n")
     (folder / "notes.txt").write_text("".join(f"line {n} of this text\n" for n in range(400)))
     with (folder / "rows.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("text", "label"), *TEXTS])
@@ -95,7 +98,7 @@ def state(folder, auto):
 @pytest.mark.parametrize(
     ("task", "model", "data", "words", "classes", "measured"),
     [
-        ("causal-lm", "text", "notes.txt", (), None, "bits_per_byte"),
+        ("causal-lm", "text", "notes.txt", ("--license", "mit"), None, "bits_per_byte"),
         ("causal-lm", "text", "docs.jsonl", ("--text-column", "body"), None, "bits_per_byte"),
         ("sequence-classification", "text", "rows.csv", (), ["bad", "good"], "accuracy"),
         ("token-classification", "text", "tags.parquet", (), ["key", "name", "sign"], "accuracy"),
@@ -103,8 +106,8 @@ def state(folder, auto):
     ],
 )
 def test_a_task_trains_and_its_folder_loads(place, finetune, capsys, task, model, data, words, classes, measured):
-    """Two steps change the weights; the folder has the head, its classes and a card with what was measured, and goes to
-    the Hub as it is; the printed command names it."""
+    """Two steps change the weights; the folder has the head, its classes and a card with what was measured and the
+    base's licence, unless another one was said, and goes to the Hub as it is; the printed command names it."""
     run = finetune(model, data, "--task", task, *words)
     trained, before = (state(folder, AUTO[task]) for folder in (run / "model", place / model))
     inner = [name for name in before if name.startswith("model.")]
@@ -114,7 +117,9 @@ def test_a_task_trains_and_its_folder_loads(place, finetune, capsys, task, model
     record = json.loads((run / "run.json").read_text())
     assert all(measured in record["results"][split] for split in ("validation", "test"))
     verify_folder(run / "model")
-    assert "## Measured results" in (run / "model" / "README.md").read_text()
+    card = (run / "model" / "README.md").read_text()
+    assert "## Measured results" in card and "datasets:" not in card
+    assert f"\nlicense: {'mit' if 'mit' in words else 'cc-by-4.0'}\n" in card
     assert record["init_from"]["path"] == str(place / model) and record["trained_parameters"] == record["parameters"]
     assert {row["event"] for row in read_metrics(run / "metrics.jsonl")} == {"eval"}
     command = capsys.readouterr().out.partition("Next:")[2]
@@ -229,6 +234,7 @@ def test_from_scratch_is_the_same_network_with_other_weights(finetune, place):
         assert torch.equal(value, fresh[name]), name
         assert not name.endswith("proj.weight") or not torch.equal(value, before[name]), name
     assert "init_from" not in json.loads((run / "run.json").read_text())
+    assert "\nlicense: apache-2.0\n" in (run / "model" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -377,19 +383,22 @@ def test_a_data_set_of_several_configurations_is_read_by_name(tmp_path):
     assert all(row.text.startswith("two") for rows in found.splits.values() for row in rows)
 
 
-def test_a_folder_of_rows_is_read_as_rows(tokenizer, tmp_path):
-    """Not as the text of its files, braces and all; a folder that has other files too is text."""
-    rows = "".join(json.dumps({"text": f"line {n} of a text"}) + "\n" for n in range(99))
-    (tmp_path / "rows").mkdir()
-    (tmp_path / "rows" / "train.jsonl").write_text(rows)
-    task = TaskConfig("causal-lm", str(tmp_path / "rows"))
-    texts = []
+def test_a_folder_of_rows_is_read_as_rows(tokenizer, tiny_config, tmp_path, monkeypatch):
+    """Not as the text of its files, braces and all; a folder that has other files too is text. Neither is a data set of
+    the Hub for the card."""
+    monkeypatch.chdir(tmp_path)
+    folder = Path("my/rows")
+    folder.mkdir(parents=True)
+    (folder / "train.jsonl").write_text("".join(json.dumps({"text": f"line {n} of a text"}) + "\n" for n in range(99)))
+    texts, cards = [], []
     for _ in range(2):
-        data = text_blocks(task, tokenizer, 16, str(tmp_path / "cache"))
+        data = text_blocks(TaskConfig("causal-lm", "my/rows"), tokenizer, 16, str(tmp_path / "cache"))
         texts.append(tokenizer.decode(data.train(0, 1)[0]["input_ids"]))
-        (tmp_path / "rows" / "notes.txt").write_text("text\n" * 99)
+        cards.append(render_card({"data": data.record}, tiny_config()))
+        (folder / "notes.txt").write_text("text\n" * 99)
     assert "line" in texts[0] and not set('{"') & set(texts[0])
     assert data.record["sources"][0]["kind"] == "files"
+    assert all(card.data.datasets is None for card in cards) and "trained on `my/rows/`." in cards[0].text
 
 
 def test_a_words_label_is_at_its_last_token(place, tokenizer):

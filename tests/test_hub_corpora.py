@@ -81,7 +81,9 @@ def test_a_file_is_read_alone_wherever_it_lies(tmp_path, monkeypatch):
     for name in ("rows[1].jsonl", "rows1.jsonl"):
         write_rows(tmp_path / name, [f"{name} {n}" for n in range(20)])
     monkeypatch.chdir(tmp_path)
-    found = texts_of(corpus_of("rows[1].jsonl", tmp_path / "cache"))
+    corpus = corpus_of("rows[1].jsonl", tmp_path / "cache")
+    assert corpus.label == corpus.identity()["name"] == "rows[1].jsonl"
+    found = texts_of(corpus)
     assert sorted(itertools.chain(*found.values())) == sorted(f"rows[1].jsonl {n}" for n in range(20))
 
 
@@ -90,7 +92,7 @@ def test_a_folder_in_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write_rows(tmp_path / "set" / "train.jsonl", map(str, range(20)))
     corpus = corpus_of("~/set", tmp_path / "cache")
-    assert corpus.label == "hub:set"
+    assert corpus.label == "set/"
     assert len(list(itertools.chain(*texts_of(corpus).values()))) == 20
 
 
@@ -254,9 +256,9 @@ def test_bad_data_sets(tmp_path, streaming):
     write_rows(tmp_path / "other" / "test.jsonl", ["a"])
     cache = tmp_path / "cache"
     for folder, fields, message in (
-        ("set", {"text_column": "body"}, "hub:set has no column 'body', only text: set text_column"),
-        ("set", {}, "hub:set: row 1 of train, column 'text', is NoneType, not text: set text_column"),
-        ("other", {}, "hub:other has no split named train, only test: use another data set"),
+        ("set", {"text_column": "body"}, "set/ has no column 'body', only text: set text_column"),
+        ("set", {}, "set/: row 1 of train, column 'text', is NoneType, not text: set text_column"),
+        ("other", {}, "other/ has no split named train, only test: use another data set"),
     ):
         with pytest.raises(DataError, match=message):
             list(corpus_of(tmp_path / folder, cache, streaming=streaming, **fields).pieces())
@@ -268,7 +270,7 @@ def test_text_that_breaks_while_it_is_read(tmp_path, streaming):
     write_rows(tmp_path / "set" / "train.jsonl", ["a", "b"])
     with (tmp_path / "set" / "train.jsonl").open("a") as file:
         file.write('{"text": "c"\n{broken\n')
-    with pytest.raises(DataError, match=r"^hub:set cannot be read .*JSON parse error.*check its name") as error:
+    with pytest.raises(DataError, match=r"^set/ cannot be read .*JSON parse error.*check its name") as error:
         list(corpus_of(tmp_path / "set", tmp_path / "cache", streaming=streaming).pieces())
     assert "\n" not in str(error.value)
 
@@ -289,9 +291,7 @@ def test_a_network_that_drops_while_streaming(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: dropping)
     pieces = corpus_of(tmp_path / "set", tmp_path / "cache", streaming=True).pieces()
     assert next(pieces).data == b"a"
-    with pytest.raises(
-        DataError, match=r"^hub:set cannot be read \(.*: the read operation timed out\): check its name"
-    ):
+    with pytest.raises(DataError, match=r"^set/ cannot be read \(.*: the read operation timed out\): check its name"):
         next(pieces)
 
 

@@ -336,7 +336,7 @@ def test_a_data_set_of_the_hub(tmp_path, cache):
     np.testing.assert_array_equal(prepared.split("validation").pixels(), channels_first(pictures(10, 1, size=8)[0]))
     assert prepared.id2label == {0: "a", 1: "b"}
     record = prepared.record()
-    assert record["source"] == "hub:set"
+    assert record["source"] == "set/"
     assert record["origin"]["version"]
     assert str(tmp_path) not in json.dumps(record)
 

@@ -1,19 +1,23 @@
 """A push is one commit or none, whatever the Hub does, and what is there afterwards loads."""
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 from hub_server import DROP, DROP_AFTER, Refuse, Slow
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, HfApi, snapshot_download
 
 from rezero_hf import ReZeroForCausalLM, export_folder, publishing
 from rezero_hf.errors import UserError
 from rezero_hf.export import describe_folder
 from rezero_hf.hub import USER_SECTION
+from rezero_hf.licences import license_there
+from rezero_hf.opening import find
 from rezero_hf.publishing import PushError, Repository, check_access, push_folder
 from rezero_hf.staging import make_publishable, stage
 
@@ -118,15 +122,42 @@ def test_killed_between_upload_and_commit_it_leaves_nothing_half(hub, exported, 
     assert len([path for method, path in hub.requests if method == "PUT"]) == 1
 
 
+def publish(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["publish.py", *map(str, words)])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path("scripts/publish.py", run_name="__main__")
+    return end.value.code
+
+
+def test_the_script_pushes_what_a_stranger_loads(hub, exported, tiny_model, ids, monkeypatch, capsys):
+    """One commit with a card under the repository's name, which the library loads and fetches whole, byte for byte. A
+    folder that is refused leaves no repository behind."""
+    (exported / "config.json").rename(exported / "kept.json")
+    assert publish(monkeypatch, exported, REPO, "--push") == 2
+    assert "no config.json" in capsys.readouterr().err and not any("create" in path for _, path in hub.requests)
+    (exported / "kept.json").rename(exported / "config.json")
+    assert not publish(monkeypatch, exported, REPO, "--push", "--message", "First", "--license", "mit")
+    commit = hub.commits(REPO)[-1]
+    assert commit.message == "First" and f"commit {commit.sha}" in capsys.readouterr().out
+    there = f"{REPO}@{commit.sha}"
+    assert license_there(there) == license_there(find(there)[0]) == "mit"
+    fetched = Path(snapshot_download(REPO, revision=commit.sha))
+    assert names(fetched) == commit.files.keys()
+    assert all((fetched / name).read_bytes() == content for name, content in commit.files.items())
+    card = (fetched / "README.md").read_text()
+    assert f'from_pretrained("{REPO}")' in card and "\nlicense: mit\n" in card
+    model = ReZeroForCausalLM.from_pretrained(REPO, revision=commit.sha)
+    assert model(ids).logits.equal(tiny_model()(ids).logits)
+
+
 def test_files_of_an_earlier_push_go_and_others_stay(hub, exported):
-    """Shards that the new push has not, and the checkpoint before, leave in the same commit; a stranger's files do not."""
+    """Shards, recipe and records that the new push has not, and the checkpoint before, leave in the same commit; a
+    stranger's files do not."""
     push_folder(exported, WHERE, "Step 10")
     strangers = {"handler.py", "notes.txt", "model_ema/weights.safetensors", "figures/diagram.png"}
     earlier = [
-        "model-00001-of-00002.safetensors",
-        "figures/gates.png",
-        "checkpoint-10/model.safetensors",
-        *sorted(strangers),
+        *("model-00001-of-00002.safetensors", "figures/gates.png", "checkpoint-10/model.safetensors"),
+        *("recipe.yaml", "metrics.jsonl", "preprocessor_config.json", *sorted(strangers)),
     ]
     HfApi().create_commit(REPO, [CommitOperationAdd(name, b"old") for name in earlier], commit_message="Earlier")
     push_folder(exported, WHERE, "Step 20", keep=lambda step: step == 10)
@@ -184,15 +215,20 @@ def test_what_a_reader_wrote_into_the_card_on_the_hub_stays(hub, exported):
     assert hub.commits(REPO)[-1].files["README.md"] == b"# Mine"
 
 
-def test_a_section_written_here_reaches_a_hub_that_has_none(hub, exported):
-    """Nor does the README of metadata alone that the website makes for a licence stand in the way."""
+def test_a_section_written_here_reaches_a_hub_that_has_none(hub, exported, tmp_path):
+    """Nor does the README of metadata alone that the website makes for a licence stand in the way: the card takes it over,
+    unless another one was said."""
     HfApi().create_repo(REPO)
-    website = [CommitOperationAdd("README.md", b"---\nlicense: apache-2.0\n---\n")]
+    website = [CommitOperationAdd("README.md", b"---\nlicense: cc-by-4.0\n---\n")]
     HfApi().create_commit(REPO, website, commit_message="Licence")
     card = (exported / "README.md").read_text()
     (exported / "README.md").write_text(card.replace(USER_SECTION[0], f"{USER_SECTION[0]}\n\nMade at home."))
     push_folder(exported, WHERE, "Step 10")
-    assert b"Made at home." in hub.commits(REPO)[-1].files["README.md"]
+    there = hub.commits(REPO)[-1].files["README.md"]
+    assert b"Made at home." in there and b"apache-2.0" not in there
+    assert b"\nlicense: cc-by-4.0\n" in there and b"Code and weights: cc-by-4.0." in there
+    push_folder(make_publishable(stage(exported, tmp_path / "staged"), REPO, "mit"), WHERE, "Step 20")
+    assert b"\nlicense: mit\n" in hub.commits(REPO)[-1].files["README.md"]
 
 
 def test_a_branch_is_made_and_leaves_main_alone(hub, exported):

@@ -267,9 +267,7 @@ def test_a_grown_run_from_the_command_line(checkpoint, tmp_path, text_file):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 layers, grown to 4 (end), with the optimiser's state" in done.stdout
     assert ReZeroForCausalLM.from_pretrained(output).config.num_hidden_layers == 4
-    assert json.loads((output / "run.json").read_text())["init_from"] == {
-        "path": checkpoint.name,
-        "grow_to": 4,
-        "where": "end",
-    }
+    record = json.loads((output / "run.json").read_text())
+    assert record["init_from"] == {"path": checkpoint.name, "grow_to": 4, "where": "end"}
+    assert record["license"] == "apache-2.0"
     assert f"trained from the weights of `{checkpoint.name}`" in (output / "README.md").read_text()

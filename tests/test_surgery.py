@@ -429,7 +429,9 @@ def folder(tiny_model, tokenizer, tmp_path):
 
 
 def test_the_script_writes_whole_folders(folder, surgery, tmp_path, text_file, ids):
-    """Each verifies, loads, gives the old logits, and says on its card and in its record what was done, and before."""
+    """Each verifies, loads, gives the old logits, and says on its card and in its record what was done, and before; the
+    licence stays that of the old card."""
+    (folder / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n")
     logits = AutoModelForCausalLM.from_pretrained(folder)(ids).logits
     prune = ("--text", text_file, "--threshold", "0", "--tokens", "16")
     for verb, words, layers in (("fold", (), 3), ("grow", ("--to", "5", "--where", "1,3"), 5), ("prune", prune, 2)):
@@ -442,7 +444,8 @@ def test_the_script_writes_whole_folders(folder, surgery, tmp_path, text_file, i
         torch.testing.assert_close(model(ids).logits, logits, atol=1e-5, rtol=1e-5)
         record = json.loads((output / "run.json").read_text())
         assert record["name"] == "tiny" and record["parameters"] == model.num_parameters()
-        assert record["surgery"][0]["what"] in (output / "README.md").read_text()
+        card = (output / "README.md").read_text()
+        assert record["surgery"][0]["what"] in card and "\nlicense: cc-by-4.0\n" in card
         assert ("results" in record) is (verb != "prune")
     assert record["surgery"][0]["pruning"]["removed"] == [1] and "layer    1  update 0  removed" in said
     assert surgery("fold", output, tmp_path / "both")[0] == 0
