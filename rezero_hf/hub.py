@@ -205,6 +205,7 @@ def _training(run: Mapping[str, Any]) -> dict[str, str]:
         "hardware": run.get("device"),
         "processes": str(world) if world and world > 1 else None,
         "wall time": duration(run.get("wall_seconds")),
+        "energy": f"{run['energy_kwh']:.2g} kWh, estimated by codecarbon" if run.get("energy_kwh") else None,
         "tokens seen": f"{run['tokens']:,}" if run.get("tokens") else None,
         "started": run.get("started"),
         "command": f"`{run['command']}`" if run.get("command") else None,
