@@ -73,6 +73,8 @@ def main(
     if gates is not None:
         check_gates(network)
     has_gates = bool(gates_of(network))
+    # Of what is exported, into which adapters are merged.
+    parameters = network.num_parameters()
     if lora is not None:
         network = add_lora(network, task, lora, gates == Gates.trained, base.commit)
     elif gates == Gates.held:
@@ -83,7 +85,7 @@ def main(
         "task": str(task),
         "data": rows.record,
         "seed": args.seed,
-        "parameters": network.num_parameters(),
+        "parameters": parameters,
         "trained_parameters": network.num_parameters(only_trainable=True),
         "lora": lora,
         "gates": (gates or (Gates.held if lora else Gates.trained)) if has_gates else None,

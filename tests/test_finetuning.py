@@ -185,6 +185,7 @@ def test_lora_trains_adapters_and_the_head_alone_and_merges(finetune, place, ids
     record = json.loads((run / "run.json").read_text())
     assert record["lora"] == 2 and record["gates"] == flag
     assert record["trained_parameters"] < record["parameters"] / 5
+    assert record["parameters"] == auto.from_pretrained(run / "model").num_parameters()
 
 
 def test_an_adapter_names_the_repository_and_commit_it_belongs_to(place, tmp_path):
