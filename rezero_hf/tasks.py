@@ -150,13 +150,14 @@ def labelled_rows(
     tokenizer.padding_side = "right"
     encode = partial(_encode_words if of_words else _encode, tokenizer, most)
     splits = {split: [encode(row) for row in rows] for split, rows in found.splits.items()}
-    record = found.record | {"block_size": most}
+    fingerprint = found.record["origin"]["sha256"]
+    record = found.record | {"block_size": most, "fingerprint": fingerprint}
     if of_words:
         record["words_cut"] = _drop_unlabelled(splits, found.splits, task.data)
     return TaskData(
         len(splits["train"]),
-        lambda seed, number: Shuffled(splits["train"], seed, number),
-        {split: Shuffled(splits[split]) for split in ("validation", "test")},
+        lambda seed, number: Shuffled(splits["train"], fingerprint, seed, number),
+        {split: Shuffled(splits[split], fingerprint) for split in ("validation", "test")},
         {
             "data_collator": about.collator(tokenizer),
             "compute_metrics": _accuracy,
@@ -197,10 +198,16 @@ def _drop_unlabelled(splits: dict[str, list[dict[str, Any]]], whole: dict[str, l
 
 
 class Shuffled(Dataset):
-    """Rows of a list: in order, or so many of them, every epoch in a new order that is a function of (seed, index)."""
+    """Rows of a list: in order, or so many of them, every epoch in a new order that is a function of (seed, index).
 
-    def __init__(self, rows: list[dict[str, Any]], seed: int | None = None, number: int | None = None) -> None:
-        self._rows, self._seed = rows, seed
+    Attributes:
+        fingerprint: of the labelled text; a run goes on with the same one alone.
+    """
+
+    def __init__(
+        self, rows: list[dict[str, Any]], fingerprint: str, seed: int | None = None, number: int | None = None
+    ) -> None:
+        self.fingerprint, self._rows, self._seed = fingerprint, rows, seed
         self._number = len(rows) if number is None else number
 
     def __len__(self) -> int:
