@@ -286,7 +286,6 @@ def _labelled(recipe: Recipe, args: ReZeroTrainingArguments) -> Setting:
     config = changed(recipe.model_config(tokenizer), id2label=rows.id2label)
     args.max_steps = steps_over(args, rows.rows)
     words = {"train_dataset": rows.train(args.seed, args.max_steps * sequences_per_step(args)), **rows.words}
-    words["eval_dataset"] = rows.held_out["validation"]
     # As if every row were as long as it may be: the same for all rows of a table.
     flops = length * flops_per_token(config, length)
     return Setting(config, words, rows.held_out, lambda model: flops, rows.record)

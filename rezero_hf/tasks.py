@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .blocks import IGNORE_INDEX, TrainBlocks, held_out_blocks
+from .blocks import IGNORE_INDEX, EvalBlocks, TrainBlocks, held_out_blocks
 from .data import DataConfig, prepare
 from .errors import UserError
 from .image_data import EvalImages, ImageDataConfig, TrainImages, accuracy_metrics, prepare_images
@@ -104,7 +104,7 @@ class TaskData(NamedTuple):
         rows: in the training split.
         train: (seed, number) -> that many training rows, in an order that is a function of (seed, index).
         held_out: split -> rows to measure on.
-        words: further arguments of `ReZeroTrainer`.
+        words: further arguments of `ReZeroTrainer`, among them what evaluations during training read.
         id2label: names of the classes; None without.
         record: what to write down about them (JSON).
         processor: tokenizer or image processor, to save beside the model.
@@ -154,11 +154,13 @@ def labelled_rows(
     record = found.record | {"block_size": most, "fingerprint": fingerprint}
     if of_words:
         record["words_cut"] = _drop_unlabelled(splits, found.splits, task.data)
+    held_out = {split: Shuffled(splits[split], fingerprint) for split in ("validation", "test")}
     return TaskData(
         len(splits["train"]),
         lambda seed, number: Shuffled(splits["train"], fingerprint, seed, number),
-        {split: Shuffled(splits[split], fingerprint) for split in ("validation", "test")},
+        held_out,
         {
+            "eval_dataset": held_out["validation"],
             "data_collator": about.collator(tokenizer),
             "compute_metrics": _accuracy,
             "preprocess_logits_for_metrics": lambda logits, labels: logits.argmax(-1),
@@ -231,7 +233,12 @@ def _accuracy(found: EvalPrediction) -> dict[str, float]:
 
 
 def text_blocks(
-    task: TaskConfig, tokenizer: PreTrainedTokenizerBase, block_size: int, cache_dir: str | None = None
+    task: TaskConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    block_size: int,
+    cache_dir: str | None = None,
+    eval_blocks: int | None = None,
+    final_eval_blocks: int | None = None,
 ) -> TaskData:
     """Text for language modelling, packed and measured in bits per byte as in pretraining.
 
@@ -241,19 +248,28 @@ def text_blocks(
         tokenizer: the model's; it has to give back the text that went in.
         block_size: tokens seen at once.
         cache_dir: as `DataConfig`'s.
+        eval_blocks, final_eval_blocks: as `ReZeroTrainingArguments`'.
 
     Raises:
-        UserError: the text cannot be had or is shorter than a block.
+        UserError: the text cannot be had or is shorter than a block, or none of it is held out for a split.
     """
     data = f"hub:{task.data}" if _holds_rows(Path(task.data).expanduser()) else task.data
     words = {name: getattr(task, name) for name in ("text_column", "config_name", "revision") if getattr(task, name)}
     config = DataConfig([Source(data, **words)], block_size=block_size, cache_dir=cache_dir)
     prepared = prepare(config, tokenizer)
+    for split in ("validation", "test"):
+        if not prepared.totals(split)["tokens"]:
+            raise DataError(
+                f"{task.data} has no text for {split}: add some, or name a folder with a file of rows for each split"
+            )
     return TaskData(
         prepared.totals("train")["tokens"] // block_size,
         partial(TrainBlocks, prepared),
-        held_out_blocks(prepared),
-        {"token_bytes": token_byte_lengths(tokenizer)},
+        held_out_blocks(prepared, final_eval_blocks),
+        {
+            "eval_dataset": EvalBlocks(prepared, "validation", eval_blocks),
+            "token_bytes": token_byte_lengths(tokenizer),
+        },
         None,
         prepared.record(),
         tokenizer,
@@ -286,11 +302,12 @@ def labelled_images(data: str, processor: BaseImageProcessor, cache_dir: str | N
         where = {"source": path.name, "path": str(path)} if parquet else {"source": f"hub:{path}"}
     look = {"mean": list(processor.image_mean), "std": list(processor.image_std), "augmentation": "none"}
     images = prepare_images(ImageDataConfig(**where, **look, cache_dir=cache_dir))
+    held_out = {split: EvalImages(images, split) for split in ("validation", "test")}
     return TaskData(
         len(images.split("train")),
         partial(TrainImages, images),
-        {split: EvalImages(images, split) for split in ("validation", "test")},
-        {"compute_metrics": accuracy_metrics},
+        held_out,
+        {"eval_dataset": held_out["validation"], "compute_metrics": accuracy_metrics},
         images.id2label,
         images.record(),
         images.image_processor(),

@@ -22,8 +22,9 @@ from transformers import set_seed
 from rezero_hf.arguments import sequences_per_step
 from rezero_hf.cli import run
 from rezero_hf.durable import write_whole
+from rezero_hf.errors import UserError, refused
 from rezero_hf.export import export_folder, rescue
-from rezero_hf.finetuning import add_lora, check_gates, find_base, hold_gates, load_base, read_task
+from rezero_hf.finetuning import add_lora, check_gates, check_lora, find_base, hold_gates, load_base, read_task
 from rezero_hf.launching import check_launch
 from rezero_hf.markdown import number, table
 from rezero_hf.optim import gates as gates_of
@@ -33,7 +34,7 @@ from rezero_hf.runs import now, provenance, read_metrics
 from rezero_hf.tasks import TASKS, TaskConfig
 from rezero_hf.together import on_main
 from rezero_hf.training import ReZeroTrainer, steps_over
-from rezero_hf.watch import PREEMPTED
+from rezero_hf.watch import PREEMPTED, NotFiniteError
 
 
 Name = StrEnum("Name", list(TASKS))
@@ -64,10 +65,13 @@ def main(
     check_launch()
     rate = {} if lora is None else {"learning_rate": LORA_RATE}
     args = script_arguments(output / "checkpoints", DEFAULTS | rate, overrides or ())
+    if lora is not None:
+        check_lora(args, from_scratch)
     base = find_base(model, task)
     about = TaskConfig(task, data, text_column, label_column, config_name, revision)
-    rows = read_task(base, about, block_size, cache_dir)
+    rows = read_task(base, about, args, block_size, cache_dir)
     args.max_steps = steps_over(args, rows.rows)
+    train_rows = rows.train(args.seed, args.max_steps * sequences_per_step(args))
     set_seed(args.seed)
     network = load_base(base, task, rows.id2label, from_scratch)
     if gates is not None:
@@ -92,15 +96,15 @@ def main(
     }
     if not from_scratch:
         record["init_from"] = {"path": model, "commit": base.commit}
-    trainer = ReZeroTrainer(
-        network,
-        args,
-        train_dataset=rows.train(args.seed, args.max_steps * sequences_per_step(args)),
-        eval_dataset=rows.held_out.get("validation"),
-        run_dir=output,
-        **rows.words,
-    )
-    trainer.train()
+    words = {"train_dataset": train_rows, "processing_class": rows.processor, **rows.words}
+    with refused("training"):
+        trainer = ReZeroTrainer(network, args, run_dir=output, run=record, **words)
+    # The model that is exported at the end takes the place of what then still waits.
+    trainer.waits_for_pushes = False
+    try:
+        trainer.train()
+    except NotFiniteError as error:
+        raise UserError(f"{error} Nothing is exported; begin anew, with another --output.") from error
     record |= {"finished": now(), "training_seconds": trainer.throughput.seconds()}
     main_process = trainer.is_world_process_zero()
     if trainer.told_to_stop:
@@ -126,6 +130,8 @@ def main(
     lines = [[split, *(number(found[name]) for name in columns)] for split, found in record["results"].items()]
     print(table(("split", *(name.replace("_", " ") for name in columns)), lines))
     print(f"The model is in {output / 'model'}. Next:\n  {next_command(task, output / 'model')}")
+    if trainer.pushes is not None:
+        print(trainer.pushes.finish(output / "model", args.max_steps))
 
 
 def next_command(task: str, folder: Path) -> str:
