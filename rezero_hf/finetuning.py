@@ -107,12 +107,8 @@ def read_task(
             f"training.eval_blocks and training.final_eval_blocks are for causal-lm; {task.name} is measured on every "
             "row: leave them out."
         )
+    check_columns(task)
     if task.name == "image-classification":
-        if any(dataclasses.astuple(task)[2:]):
-            raise UserError(
-                "--text-column, --label-column, --config-name and --revision are for text; columns of images are found "
-                "by their types."
-            )
         data = labelled_images(task.data, base.processor, cache_dir)
         shape = tuple(data.held_out["validation"][0]["pixel_values"].shape)
         # A convolutional network takes any size.
@@ -124,10 +120,19 @@ def read_task(
         positions = base.config.max_position_embeddings
         raise UserError(f"--block-size {block_size}: {base.name} has positions for {positions} tokens; lower it.")
     if task.name == "causal-lm":
-        if task.label_column:
-            raise UserError("--label-column is for classes; causal-lm predicts the text itself.")
         return text_blocks(task, base.processor, block_size, cache_dir, args.eval_blocks, args.final_eval_blocks)
     return labelled_rows(task, base.processor, block_size, cache_dir)
+
+
+def check_columns(task: TaskConfig) -> None:
+    """Raise a `UserError` for a column, configuration or revision that the data of a task do not have."""
+    if task.name == "image-classification" and any(dataclasses.astuple(task)[2:]):
+        raise UserError(
+            "--text-column, --label-column, --config-name and --revision are for text; columns of images are found by "
+            "their types."
+        )
+    if task.name == "causal-lm" and task.label_column:
+        raise UserError("--label-column is for classes; causal-lm predicts the text itself.")
 
 
 def load_base(base: Base, task: str, id2label: dict[int, str] | None, from_scratch: bool = False) -> PreTrainedModel:

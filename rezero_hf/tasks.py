@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from itertools import chain
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -23,7 +22,7 @@ from transformers import (
 from .blocks import IGNORE_INDEX, EvalBlocks, TrainBlocks, held_out_blocks
 from .data import DataConfig, prepare
 from .errors import UserError
-from .image_data import EvalImages, ImageDataConfig, TrainImages, accuracy_metrics, prepare_images
+from .image_data import EvalImages, TrainImages, accuracy_metrics, prepare_images
 from .labelled import STDLIB, Row, read_labelled
 from .models import (
     ReZeroForCausalLM,
@@ -32,13 +31,10 @@ from .models import (
     ReZeroMLPForImageClassification,
     ReZeroResNetForImageClassification,
 )
+from .named_data import named_images, named_text
 from .randomness import permute
-from .sources import DataError, Source
+from .sources import DataError
 from .tokenization import token_byte_lengths
-
-
-# What ends the name of a file of rows.
-ROWS = {".csv", ".json", ".jsonl", ".parquet"}
 
 
 class Task(NamedTuple):
@@ -102,7 +98,8 @@ class TaskData(NamedTuple):
 
     Attributes:
         rows: in the training split.
-        train: (seed, number) -> that many training rows, in an order that is a function of (seed, index).
+        train: (seed, number) -> that many training rows, in an order that is a function of (seed, index); of labelled
+            text also (None, number), which is as they come.
         held_out: split -> rows to measure on.
         words: further arguments of `ReZeroTrainer`, among them what evaluations during training read.
         id2label: names of the classes; None without.
@@ -111,7 +108,7 @@ class TaskData(NamedTuple):
     """
 
     rows: int
-    train: Callable[[int, int], Dataset]
+    train: Callable[[int | None, int], Dataset]
     held_out: dict[str, Dataset]
     words: dict[str, Any]
     id2label: dict[int, str] | None
@@ -157,7 +154,7 @@ def labelled_rows(
     held_out = {split: Shuffled(splits[split], fingerprint) for split in ("validation", "test")}
     return TaskData(
         len(splits["train"]),
-        lambda seed, number: Shuffled(splits["train"], fingerprint, seed, number),
+        partial(Shuffled, splits["train"], fingerprint),
         held_out,
         {
             "eval_dataset": held_out["validation"],
@@ -243,8 +240,7 @@ def text_blocks(
     """Text for language modelling, packed and measured in bits per byte as in pretraining.
 
     Args:
-        task: what to read: `data` is a source as recipes name it, a file of rows (`.csv`, `.json`, `.jsonl`,
-            `.parquet`), or a folder of nothing else but such files.
+        task: what to read: `data` as `named_text` takes it.
         tokenizer: the model's; it has to give back the text that went in.
         block_size: tokens seen at once.
         cache_dir: as `DataConfig`'s.
@@ -253,9 +249,8 @@ def text_blocks(
     Raises:
         UserError: the text cannot be had or is shorter than a block, or none of it is held out for a split.
     """
-    data = f"hub:{task.data}" if _holds_rows(Path(task.data).expanduser()) else task.data
     words = {name: getattr(task, name) for name in ("text_column", "config_name", "revision") if getattr(task, name)}
-    config = DataConfig([Source(data, **words)], block_size=block_size, cache_dir=cache_dir)
+    config = DataConfig([named_text(task.data, **words)], block_size=block_size, cache_dir=cache_dir)
     prepared = prepare(config, tokenizer)
     for split in ("validation", "test"):
         if not prepared.totals(split)["tokens"]:
@@ -276,32 +271,19 @@ def text_blocks(
     )
 
 
-def _holds_rows(path: Path) -> bool:
-    """Whether that is a file of rows, or a folder of them; what is hidden and a README.md do not count."""
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-    shown = [file for file in files if "/." not in f"/{file.relative_to(path).as_posix()}" or file == path]
-    suffixes = {file.suffix for file in shown if file.name != "README.md"}
-    return bool(suffixes) and suffixes <= ROWS
-
-
 def labelled_images(data: str, processor: BaseImageProcessor, cache_dir: str | None = None) -> TaskData:
     """Labelled images, normalised as the pretrained model's were.
 
     Args:
-        data: `digits`, `hub:ORG/NAME`, a parquet file or a folder of them, or a folder of images by class.
+        data: as `named_images` takes it.
         processor: the model's.
         cache_dir: as `ImageDataConfig`'s.
 
     Raises:
         UserError: the images cannot be had.
     """
-    path = Path(data).expanduser()
-    where = {"source": data}
-    if data != "digits" and path.exists():
-        parquet = path.suffix == ".parquet" or any(path.rglob("*.parquet"))
-        where = {"source": path.name, "path": str(path)} if parquet else {"source": f"hub:{path}"}
     look = {"mean": list(processor.image_mean), "std": list(processor.image_std), "augmentation": "none"}
-    images = prepare_images(ImageDataConfig(**where, **look, cache_dir=cache_dir))
+    images = prepare_images(named_images(data, **look, cache_dir=cache_dir))
     held_out = {split: EvalImages(images, split) for split in ("validation", "test")}
     return TaskData(
         len(images.split("train")),
