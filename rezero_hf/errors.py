@@ -1,5 +1,8 @@
 """The one exception for input a user can put right, and what to quote in it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from huggingface_hub.errors import HTTPError
 
 
@@ -14,6 +17,21 @@ class UserError(ValueError):
     Scripts print it without a traceback (`scripts` exit with status 2). It is a `ValueError`, so library users who
     catch those need not know it.
     """
+
+
+@contextmanager
+def refused(where: str) -> Iterator[None]:
+    """Turn what a library says inside of words that do not go together into the line `where: why`.
+
+    Raises:
+        UserError: instead of an ImportError, RuntimeError or ValueError; one from inside passes as it is.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise UserError(f"{where}: {one_line(error, None)}") from error
 
 
 def one_line(error: BaseException, most: int | None = 200) -> str:

@@ -1,10 +1,9 @@
-"""A finished model measured on held-out text or images, and where the result is kept (`scripts/evaluate_model.py`)."""
+"""A finished model measured on held-out text, labelled text or images, and where the result is kept
+(`scripts/evaluate_model.py`)."""
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,80 +16,21 @@ from .blocks import IGNORE_INDEX, EvalBlocks
 from .checkpoints import MANIFEST
 from .data import DataConfig, PreparedData, prepare
 from .errors import UserError
+from .evaluation_data import LabelledData
 from .export import describe_folder, write_records
 from .hub import user_section
 from .image_data import EvalImages, ImageDataConfig, prepare_images
 from .opening import Opened, load_processor, tokenizer_of
-from .recipe import load_recipe
 from .runs import read_record
-from .sources import SPLITS, DataError, Source, writable_folder
+from .sources import SPLITS, DataError, writable_folder
+from .tasks import TaskData, labelled_rows
 from .tokenization import token_byte_lengths
 
 
 # All of a source's text in one number, whichever split it is in.
 ALL = "all"
-# Where no run says how long a block was, it is what the model can see, and no longer than this.
-LONGEST = 1024
 # What an evaluation is of, beside its splits: a later one of the same replaces it.
 SAME = ("source", "fingerprint", "way", "window", "stride")
-
-
-def data_for(
-    opened: Opened, given: str | None, cache_dir: str | None = None
-) -> tuple[DataConfig | ImageDataConfig, str | None]:
-    """What a model is to be measured on.
-
-    A recipe from the Hub is read for the name of a corpus and for nothing else of this machine.
-
-    Args:
-        opened: the model.
-        given: a source as recipes name it, or a recipe (`.yaml`), whose data section is taken. None: what the model
-            was trained on, as the recipe beside it says.
-        cache_dir: where prepared data live. Default: as `DataConfig`.
-
-    Returns:
-        The data, and the fingerprint that they had in training; None where they are given or none was recorded.
-
-    Raises:
-        UserError: nothing is given or recorded, a recipe from the Hub names files, or it is text for a model of images
-            or the other way round.
-    """
-    config_class = ImageDataConfig if opened.of_images else DataConfig
-    recorded = read_record(_beside(opened.folder, "run.json")).get("data")
-    recorded = recorded if isinstance(recorded, dict) else {}
-    recipe = given or _beside(opened.folder, "recipe.yaml")
-    if not given and not recipe.exists():
-        raise UserError(f"{opened.name}: no recipe beside it says what it was trained on; name text or images, DATA.")
-    if str(recipe).endswith((".yaml", ".yml")):
-        data = load_recipe(recipe).data
-        if not isinstance(data, config_class):
-            raise UserError(f"{recipe}: its data are not what {type(opened.model).__name__} reads.")
-    elif config_class is DataConfig:
-        context = getattr(opened.model.config, "max_position_embeddings", None) or LONGEST
-        data = DataConfig([Source(given)], block_size=recorded.get("block_size") or min(context, LONGEST))
-    else:
-        data = ImageDataConfig(given)
-    if not given and opened.commit:
-        _check_named(opened, data)
-        data = replace(data, cache_dir=None)
-    return replace(data, cache_dir=cache_dir or data.cache_dir), None if given else recorded.get("fingerprint")
-
-
-def _beside(folder: Path, name: str) -> Path:
-    # An export's own recipe names no absolute path any more; that of its run, or of a checkpoint's run, still does.
-    near = folder.absolute()
-    run = near.parents[1] if (folder / MANIFEST).exists() else near.parent if near.name == "model" else near
-    return next((path for path in (run / name, near / name) if path.exists()), near / name)
-
-
-def _check_named(opened: Opened, data: DataConfig | ImageDataConfig) -> None:
-    of_text = isinstance(data, DataConfig)
-    embedded = ("python-stdlib", "enwik8") if of_text else ("digits",)
-    for source in [line.source for line in data.sources] if of_text else [str(data.path or data.source)]:
-        # The library reads a folder of that name first.
-        on_hub = re.fullmatch(r"hub:[\w-]+/[\w.-]+", source) and not Path(source.removeprefix("hub:")).exists()
-        if source not in embedded and not on_hub:
-            raise UserError(f"{opened.name}: its recipe names files, {source!r}; name text or images of yours, DATA.")
 
 
 def evaluate_text(
@@ -127,10 +67,7 @@ def evaluate_text(
     """
     if find_spec("evaluate") is None:
         raise UserError("measuring text needs a package: pip install 'rezero_hf[eval]'")
-    tokenizer, limit = tokenizer_of(opened), opened.positions
-    window = window or min(data.block_size, limit or data.block_size)
-    if limit is not None and window > limit:
-        raise UserError(f"--window {window}: {opened.name} has positions for {limit} tokens; lower it.")
+    tokenizer, window = tokenizer_of(opened), _window(opened, window, data.block_size)
     stride = window if stride is None else stride
     prepared = prepare(replace(data, tokenizer=opened.name), tokenizer)
     _check_same(opened, prepared.index["fingerprint"], fingerprint)
@@ -148,6 +85,14 @@ def evaluate_text(
             split: _score_text(opened.model, rows, token_bytes, batch_size, split) for split, rows in blocks.items()
         },
     }
+
+
+def _window(opened: Opened, asked: int | None, usual: int) -> int:
+    limit = opened.positions
+    window = asked or min(usual, limit or usual)
+    if limit is not None and window > limit:
+        raise UserError(f"--window {window}: {opened.name} has positions for {limit} tokens; lower it.")
+    return window
 
 
 def _check_same(opened: Opened, found: str, recorded: str | None) -> None:
@@ -198,6 +143,71 @@ def _score_text(
     return perplexity.compute() | bits.compute() | counts
 
 
+def evaluate_labels(
+    opened: Opened,
+    data: LabelledData,
+    splits: Sequence[str],
+    window: int | None,
+    batch_size: int,
+    fingerprint: str | None = None,
+) -> dict[str, Any]:
+    """Measure a classifier of texts or of words on rows, as they are split for fine-tuning (`labelled.read_labelled`).
+
+    The classes of model and data are matched by their names; a model whose classes have none, `LABEL_0`, takes whole
+    numbers for them.
+
+    Args:
+        opened: the model.
+        data: the rows.
+        splits: which of train, validation, test and all.
+        window: tokens of a row at most; words beyond it are not measured. None: the block size of `data`, or less if
+            the model cannot see so much.
+        batch_size: rows at once.
+        fingerprint: what the rows must have. None (default): any.
+
+    Returns:
+        `source`, `fingerprint`, `way` (row by row), `window` and `stride`, which are the same, and `results`: split ->
+        `loss` (nats per text or word), `accuracy`, `texts` or `words`.
+
+    Raises:
+        UserError: the package `evaluate` is missing, the tokenizer has no token to pad with, the data are not what the
+            task needs, have another fingerprint or a class that the model does not know, or the window is larger than
+            the model's positions.
+    """
+    tokenizer, window = tokenizer_of(opened), _window(opened, window, data.block_size)
+    if tokenizer.pad_token is None:
+        raise UserError(f"{opened.name}: its tokenizer has no pad_token, which rows of several lengths need.")
+    # A head reads the last token that is no padding.
+    opened.model.config.pad_token_id = tokenizer.pad_token_id
+    rows = labelled_rows(data.task, tokenizer, window, data.cache_dir)
+    _check_same(opened, rows.record["fingerprint"], fingerprint)
+    numbers, words = _numbers(opened, data.task.data, rows), {"collate_fn": rows.words["data_collator"]}
+    parts = {"train": rows.train(None, rows.rows), **rows.held_out}
+    chosen = {split: ConcatDataset(parts.values()) if split == ALL else parts[split] for split in splits}
+    counted = "words" if opened.task == "token-classification" else "texts"
+    return {
+        "source": [rows.record["source"]],
+        "fingerprint": rows.record["fingerprint"],
+        "way": "row by row",
+        "window": window,
+        "stride": window,
+        "results": {
+            split: _score_classes(opened.model, some, batch_size, split, counted, numbers, **words)
+            for split, some in chosen.items()
+        },
+    }
+
+
+def _numbers(opened: Opened, name: str, rows: TaskData) -> torch.Tensor:
+    """The model's number of each class of the data."""
+    known = {str(label): number for number, label in opened.model.config.id2label.items()}
+    found = [known.get(label, known.get(f"LABEL_{label}")) for label in rows.id2label.values()]
+    if None in found:
+        label = rows.id2label[found.index(None)]
+        raise UserError(f"{name}: {opened.name} does not know the class {label!r}, only {', '.join(known)[:200]}.")
+    return torch.tensor(found)
+
+
 def evaluate_images(
     opened: Opened, data: ImageDataConfig, splits: Sequence[str], batch_size: int, fingerprint: str | None = None
 ) -> dict[str, Any]:
@@ -232,25 +242,36 @@ def evaluate_images(
         "source": [images.record()["source"]],
         "fingerprint": images.index["fingerprint"],
         "results": {
-            split: _score_images(opened.model, EvalImages(images, split), batch_size, split) for split in splits
+            split: _score_classes(opened.model, EvalImages(images, split), batch_size, split, "images")
+            for split in splits
         },
     }
 
 
 @torch.no_grad()
-def _score_images(model: PreTrainedModel, images: Dataset, batch_size: int, split: str) -> dict[str, float]:
-    nats, right = 0.0, 0
-    for batch in _batches(images, batch_size, split):
-        labels = batch["labels"].to(model.device)
-        logits = model(pixel_values=batch["pixel_values"].to(model.device)).logits.float()
-        nats += nn.functional.cross_entropy(logits, labels, reduction="none").cpu().double().sum().item()
-        right += int((logits.argmax(-1) == labels).sum())
-    return {"loss": nats / len(images), "accuracy": right / len(images), "images": len(images)}
+def _score_classes(
+    model: PreTrainedModel,
+    rows: Dataset,
+    batch_size: int,
+    split: str,
+    counted: str,
+    numbers: torch.Tensor | None = None,
+    **words: Any,
+) -> dict[str, float]:
+    nats, right, scored = 0.0, 0, 0
+    for batch in _batches(rows, batch_size, split, **words):
+        labels = batch["labels"].flatten()
+        logits = model(**{name: value.to(model.device) for name, value in batch.items() if name != "labels"}).logits
+        logits, labelled = logits.float().flatten(0, -2).cpu(), labels != IGNORE_INDEX
+        logits, labels = logits[labelled], labels[labelled] if numbers is None else numbers[labels[labelled]]
+        nats += nn.functional.cross_entropy(logits, labels, reduction="none").double().sum().item()
+        right, scored = right + int((logits.argmax(-1) == labels).sum()), scored + len(labels)
+    return {"loss": nats / scored, "accuracy": right / scored, counted: scored}
 
 
-def _batches(rows: Dataset, batch_size: int, split: str) -> Iterable[dict[str, torch.Tensor]]:
+def _batches(rows: Dataset, batch_size: int, split: str, **words: Any) -> Iterable[dict[str, torch.Tensor]]:
     # None: no bar where nobody watches.
-    return tqdm(DataLoader(rows, batch_size), desc=split, leave=False, disable=None)
+    return tqdm(DataLoader(rows, batch_size, **words), desc=split, leave=False, disable=None)
 
 
 def why_not_kept(opened: Opened) -> str | None:

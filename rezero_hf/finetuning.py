@@ -14,6 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from .arguments import ReZeroTrainingArguments
 from .assembly import changed
 from .errors import UserError
 from .opening import find, load_config, load_processor
@@ -85,24 +86,29 @@ def find_base(name: str, task: str) -> Base:
     return Base(name, folder, commit, config, processor)
 
 
-def read_task(base: Base, task: TaskConfig, block_size: int, cache_dir: str | None = None) -> TaskData:
+def read_task(
+    base: Base, task: TaskConfig, args: ReZeroTrainingArguments, block_size: int, cache_dir: str | None = None
+) -> TaskData:
     """Read the data of a task as a model takes them.
 
     Args:
         base: the model.
         task: which, and on what; `name` is any of `TASKS` here.
+        args: of the run.
         block_size: tokens of a row at most.
         cache_dir: where prepared data live. Default: `~/.cache/rezero_hf`.
 
     Raises:
-        UserError: the data are not what the task needs, the model has fewer positions or other channels or sizes.
+        UserError: the data are not what the task needs, the model has fewer positions or other channels or sizes, or
+            `args` are about another task.
     """
+    if task.name != "causal-lm" and (args.eval_blocks or args.final_eval_blocks):
+        raise UserError(
+            f"training.eval_blocks and training.final_eval_blocks are for causal-lm; {task.name} is measured on every "
+            "row: leave them out."
+        )
+    check_columns(task)
     if task.name == "image-classification":
-        if any(dataclasses.astuple(task)[2:]):
-            raise UserError(
-                "--text-column, --label-column, --config-name and --revision are for text; columns of images are found "
-                "by their types."
-            )
         data = labelled_images(task.data, base.processor, cache_dir)
         shape = tuple(data.held_out["validation"][0]["pixel_values"].shape)
         # A convolutional network takes any size.
@@ -114,10 +120,19 @@ def read_task(base: Base, task: TaskConfig, block_size: int, cache_dir: str | No
         positions = base.config.max_position_embeddings
         raise UserError(f"--block-size {block_size}: {base.name} has positions for {positions} tokens; lower it.")
     if task.name == "causal-lm":
-        if task.label_column:
-            raise UserError("--label-column is for classes; causal-lm predicts the text itself.")
-        return text_blocks(task, base.processor, block_size, cache_dir)
+        return text_blocks(task, base.processor, block_size, cache_dir, args.eval_blocks, args.final_eval_blocks)
     return labelled_rows(task, base.processor, block_size, cache_dir)
+
+
+def check_columns(task: TaskConfig) -> None:
+    """Raise a `UserError` for a column, configuration or revision that the data of a task do not have."""
+    if task.name == "image-classification" and any(dataclasses.astuple(task)[2:]):
+        raise UserError(
+            "--text-column, --label-column, --config-name and --revision are for text; columns of images are found by "
+            "their types."
+        )
+    if task.name == "causal-lm" and task.label_column:
+        raise UserError("--label-column is for classes; causal-lm predicts the text itself.")
 
 
 def load_base(base: Base, task: str, id2label: dict[int, str] | None, from_scratch: bool = False) -> PreTrainedModel:
@@ -147,6 +162,19 @@ def load_base(base: Base, task: str, id2label: dict[int, str] | None, from_scrat
     name = base.name.partition("@")[0] if base.commit else base.name
     model.name_or_path = model.config._name_or_path = Path(name).name if Path(name).is_absolute() else name
     return model.train()
+
+
+def check_lora(args: ReZeroTrainingArguments, from_scratch: bool) -> None:
+    """Raise a `UserError` for what adapters do not go with."""
+    if from_scratch:
+        raise UserError(
+            "--lora freezes what a model has learned, and --from-scratch draws that at random: leave one of them out."
+        )
+    if args.push_to_hub:
+        raise UserError(
+            "training.push_to_hub=true pushes whole models, and --lora trains an adapter: leave it out, and push the "
+            "merged model at the end, by scripts/publish.py."
+        )
 
 
 def add_lora(

@@ -19,11 +19,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from .checkpoints import MANIFEST, verify_checkpoint
 from .errors import HUB_FAILURES, UserError, one_line
-from .models import ReZeroMLPForImageClassification, ReZeroResNetForImageClassification
 from .starting import UNREADABLE, load_whole
+from .tasks import TASKS
 
 
-IMAGE_CLASSIFIERS = (ReZeroResNetForImageClassification, ReZeroMLPForImageClassification)
+# The classes of this package, by the names that configurations have for them.
+OURS = {model_class.__name__: model_class for task in TASKS.values() for model_class in task.models.values()}
 # Weights, what describes them, and the card for its licence, at the root of a repository; checkpoints to go on from
 # lie in folders beside.
 WANTED = {
@@ -48,6 +49,11 @@ class Opened(NamedTuple):
     model: PreTrainedModel
 
     @property
+    def task(self) -> str:
+        """What it does, of `TASKS`; models that are not of this package write text."""
+        return next((name for name, task in TASKS.items() if type(self.model) in task.models.values()), "causal-lm")
+
+    @property
     def of_images(self) -> bool:
         return self.model.main_input_name == "pixel_values"
 
@@ -60,7 +66,7 @@ class Opened(NamedTuple):
 
 
 def open_model(name: str) -> Opened:
-    """Load a causal language model of any architecture in Transformers, or an image classifier of this package.
+    """Load a causal language model of any architecture in Transformers, or a classifier of this package.
 
     Args:
         name: an export, a training checkpoint or any folder of `save_pretrained`; else `ORG/NAME` or
@@ -74,12 +80,9 @@ def open_model(name: str) -> Opened:
         head = (config.architectures or ["a model without a head"])[0]
         if head in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
             return AutoModelForCausalLM
-        for model_class in IMAGE_CLASSIFIERS:
-            if model_class.__name__ == head:
-                return model_class
-        raise UserError(
-            f"{name} holds {head}, which is neither a causal language model nor an image classifier of rezero_hf."
-        )
+        if head in OURS:
+            return OURS[head]
+        raise UserError(f"{name} holds {head}, which is neither a causal language model nor a classifier of rezero_hf.")
 
     folder, commit = find(name)
     model = load_folder(folder, name, choose)

@@ -45,8 +45,10 @@ class PushingTrainer(ResumableTrainer):
         self.run, self.recipe_text = run, recipe_text
         # A script that exports the trained model pushes that, and waits itself.
         self.waits_for_pushes = True
-        if self.args.push_to_hub:
-            self._queue_pushes(run_dir or self.args.output_dir)
+        if self.args.push_to_hub and self.is_world_process_zero():
+            journal = Path(run_dir or self.args.output_dir) / JOURNAL
+            self.pushes = PushQueue(self._repository(), journal, self.args.output_dir, self.args.hub_strategy)
+            self.add_callback(self.pushes)
 
     def run_so_far(self) -> dict[str, Any]:
         """What the card of a save says of the run: `run`, and how far it is."""
@@ -61,12 +63,22 @@ class PushingTrainer(ResumableTrainer):
         return isinstance(self.accelerator.unwrap_model(self.model), DESCRIBED)
 
     def train(self, *args, **kwargs):
-        done = super().train(*args, **kwargs)
-        if self.pushes is not None and self.waits_for_pushes:
-            line = self.pushes.stop() if self.told_to_stop else self.pushes.close(LAST_PATIENCE)
+        try:
+            done = super().train(*args, **kwargs)
+        except BaseException:
+            # What pushes ends with this process.
+            self._end_pushes(over=False)
+            raise
+        if self.waits_for_pushes or self.told_to_stop:
+            self._end_pushes(over=not self.told_to_stop)
+        return done
+
+    def _end_pushes(self, over: bool) -> None:
+        """Wait for what is still to be pushed, of a run that is not over a few seconds, and say what came of it."""
+        if self.pushes is not None:
+            line = self.pushes.close(LAST_PATIENCE) if over else self.pushes.stop()
             if line is not None:
                 print(line, flush=True)
-        return done
 
     def restore_progress(self) -> None:
         super().restore_progress()
@@ -99,6 +111,7 @@ class PushingTrainer(ResumableTrainer):
         """Look whether pushing will work while nothing is lost yet. A run that goes on is not stopped by it."""
         if not self.args.hub_model_id:
             raise UserError("push_to_hub=True needs hub_model_id, the repository ORG/NAME to push to.")
+        self._check_pushable()
         try:
             problem = on_main(lambda: check_access(self._repository()))
         except UserError as error:
@@ -108,8 +121,8 @@ class PushingTrainer(ResumableTrainer):
         if problem and self.is_world_process_zero():
             print(f"the Hub cannot be pushed to now ({problem}); training goes on, and every save will try", flush=True)
 
-    def _queue_pushes(self, folder: str | Path) -> None:
-        """Have saves pushed from now on, by the main process."""
+    def _check_pushable(self) -> None:
+        """Whether there will be saves that can be pushed, before a repository is made for them."""
         strategy = HubStrategy(self.args.hub_strategy)
         if not self.describes or self.processing_class is None:
             raise UserError(
@@ -124,9 +137,6 @@ class PushingTrainer(ResumableTrainer):
             )
         if strategy in WITH_CHECKPOINTS and self.args.save_only_model:
             raise UserError(f"hub_strategy={strategy.value} pushes what a run goes on from: set save_only_model=false.")
-        if self.is_world_process_zero():
-            self.pushes = PushQueue(self._repository(), Path(folder) / JOURNAL, self.args.output_dir, strategy)
-            self.add_callback(self.pushes)
 
     def push_to_hub(self, commit_message: str | None = None, blocking: bool = True, **unknown) -> str | None:
         """Push the model as it is now, by the same way as saves during training.

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from itertools import chain
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -20,10 +19,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .blocks import IGNORE_INDEX, TrainBlocks, held_out_blocks
+from .blocks import IGNORE_INDEX, EvalBlocks, TrainBlocks, held_out_blocks
 from .data import DataConfig, prepare
 from .errors import UserError
-from .image_data import EvalImages, ImageDataConfig, TrainImages, accuracy_metrics, prepare_images
+from .image_data import EvalImages, TrainImages, accuracy_metrics, prepare_images
 from .labelled import STDLIB, Row, read_labelled
 from .models import (
     ReZeroForCausalLM,
@@ -32,13 +31,10 @@ from .models import (
     ReZeroMLPForImageClassification,
     ReZeroResNetForImageClassification,
 )
+from .named_data import named_images, named_text
 from .randomness import permute
-from .sources import DataError, Source
+from .sources import DataError
 from .tokenization import token_byte_lengths
-
-
-# What ends the name of a file of rows.
-ROWS = {".csv", ".json", ".jsonl", ".parquet"}
 
 
 class Task(NamedTuple):
@@ -102,16 +98,17 @@ class TaskData(NamedTuple):
 
     Attributes:
         rows: in the training split.
-        train: (seed, number) -> that many training rows, in an order that is a function of (seed, index).
+        train: (seed, number) -> that many training rows, in an order that is a function of (seed, index); of labelled
+            text also (None, number), which is as they come.
         held_out: split -> rows to measure on.
-        words: further arguments of `ReZeroTrainer`.
+        words: further arguments of `ReZeroTrainer`, among them what evaluations during training read.
         id2label: names of the classes; None without.
         record: what to write down about them (JSON).
         processor: tokenizer or image processor, to save beside the model.
     """
 
     rows: int
-    train: Callable[[int, int], Dataset]
+    train: Callable[[int | None, int], Dataset]
     held_out: dict[str, Dataset]
     words: dict[str, Any]
     id2label: dict[int, str] | None
@@ -150,14 +147,17 @@ def labelled_rows(
     tokenizer.padding_side = "right"
     encode = partial(_encode_words if of_words else _encode, tokenizer, most)
     splits = {split: [encode(row) for row in rows] for split, rows in found.splits.items()}
-    record = found.record | {"block_size": most}
+    fingerprint = found.record["origin"]["sha256"]
+    record = found.record | {"block_size": most, "fingerprint": fingerprint}
     if of_words:
         record["words_cut"] = _drop_unlabelled(splits, found.splits, task.data)
+    held_out = {split: Shuffled(splits[split], fingerprint) for split in ("validation", "test")}
     return TaskData(
         len(splits["train"]),
-        lambda seed, number: Shuffled(splits["train"], seed, number),
-        {split: Shuffled(splits[split]) for split in ("validation", "test")},
+        partial(Shuffled, splits["train"], fingerprint),
+        held_out,
         {
+            "eval_dataset": held_out["validation"],
             "data_collator": about.collator(tokenizer),
             "compute_metrics": _accuracy,
             "preprocess_logits_for_metrics": lambda logits, labels: logits.argmax(-1),
@@ -197,10 +197,16 @@ def _drop_unlabelled(splits: dict[str, list[dict[str, Any]]], whole: dict[str, l
 
 
 class Shuffled(Dataset):
-    """Rows of a list: in order, or so many of them, every epoch in a new order that is a function of (seed, index)."""
+    """Rows of a list: in order, or so many of them, every epoch in a new order that is a function of (seed, index).
 
-    def __init__(self, rows: list[dict[str, Any]], seed: int | None = None, number: int | None = None) -> None:
-        self._rows, self._seed = rows, seed
+    Attributes:
+        fingerprint: of the labelled text; a run goes on with the same one alone.
+    """
+
+    def __init__(
+        self, rows: list[dict[str, Any]], fingerprint: str, seed: int | None = None, number: int | None = None
+    ) -> None:
+        self.fingerprint, self._rows, self._seed = fingerprint, rows, seed
         self._number = len(rows) if number is None else number
 
     def __len__(self) -> int:
@@ -224,66 +230,66 @@ def _accuracy(found: EvalPrediction) -> dict[str, float]:
 
 
 def text_blocks(
-    task: TaskConfig, tokenizer: PreTrainedTokenizerBase, block_size: int, cache_dir: str | None = None
+    task: TaskConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    block_size: int,
+    cache_dir: str | None = None,
+    eval_blocks: int | None = None,
+    final_eval_blocks: int | None = None,
 ) -> TaskData:
     """Text for language modelling, packed and measured in bits per byte as in pretraining.
 
     Args:
-        task: what to read: `data` is a source as recipes name it, a file of rows (`.csv`, `.json`, `.jsonl`,
-            `.parquet`), or a folder of nothing else but such files.
+        task: what to read: `data` as `named_text` takes it.
         tokenizer: the model's; it has to give back the text that went in.
         block_size: tokens seen at once.
         cache_dir: as `DataConfig`'s.
+        eval_blocks, final_eval_blocks: as `ReZeroTrainingArguments`'.
 
     Raises:
-        UserError: the text cannot be had or is shorter than a block.
+        UserError: the text cannot be had or is shorter than a block, or none of it is held out for a split.
     """
-    data = f"hub:{task.data}" if _holds_rows(Path(task.data).expanduser()) else task.data
     words = {name: getattr(task, name) for name in ("text_column", "config_name", "revision") if getattr(task, name)}
-    config = DataConfig([Source(data, **words)], block_size=block_size, cache_dir=cache_dir)
+    config = DataConfig([named_text(task.data, **words)], block_size=block_size, cache_dir=cache_dir)
     prepared = prepare(config, tokenizer)
+    for split in ("validation", "test"):
+        if not prepared.totals(split)["tokens"]:
+            raise DataError(
+                f"{task.data} has no text for {split}: add some, or name a folder with a file of rows for each split"
+            )
     return TaskData(
         prepared.totals("train")["tokens"] // block_size,
         partial(TrainBlocks, prepared),
-        held_out_blocks(prepared),
-        {"token_bytes": token_byte_lengths(tokenizer)},
+        held_out_blocks(prepared, final_eval_blocks),
+        {
+            "eval_dataset": EvalBlocks(prepared, "validation", eval_blocks),
+            "token_bytes": token_byte_lengths(tokenizer),
+        },
         None,
         prepared.record(),
         tokenizer,
     )
 
 
-def _holds_rows(path: Path) -> bool:
-    """Whether that is a file of rows, or a folder of them; what is hidden and a README.md do not count."""
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-    shown = [file for file in files if "/." not in f"/{file.relative_to(path).as_posix()}" or file == path]
-    suffixes = {file.suffix for file in shown if file.name != "README.md"}
-    return bool(suffixes) and suffixes <= ROWS
-
-
 def labelled_images(data: str, processor: BaseImageProcessor, cache_dir: str | None = None) -> TaskData:
     """Labelled images, normalised as the pretrained model's were.
 
     Args:
-        data: `digits`, `hub:ORG/NAME`, a parquet file or a folder of them, or a folder of images by class.
+        data: as `named_images` takes it.
         processor: the model's.
         cache_dir: as `ImageDataConfig`'s.
 
     Raises:
         UserError: the images cannot be had.
     """
-    path = Path(data).expanduser()
-    where = {"source": data}
-    if data != "digits" and path.exists():
-        parquet = path.suffix == ".parquet" or any(path.rglob("*.parquet"))
-        where = {"source": path.name, "path": str(path)} if parquet else {"source": f"hub:{path}"}
     look = {"mean": list(processor.image_mean), "std": list(processor.image_std), "augmentation": "none"}
-    images = prepare_images(ImageDataConfig(**where, **look, cache_dir=cache_dir))
+    images = prepare_images(named_images(data, **look, cache_dir=cache_dir))
+    held_out = {split: EvalImages(images, split) for split in ("validation", "test")}
     return TaskData(
         len(images.split("train")),
         partial(TrainImages, images),
-        {split: EvalImages(images, split) for split in ("validation", "test")},
-        {"compute_metrics": accuracy_metrics},
+        held_out,
+        {"eval_dataset": held_out["validation"], "compute_metrics": accuracy_metrics},
         images.id2label,
         images.record(),
         images.image_processor(),

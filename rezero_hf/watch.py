@@ -157,7 +157,7 @@ class StepWatch(TrainerCallback):
             f"step {step}{many}: the loss is {loss} and the gradient norm {norm}, on blocks {found['blocks']} of the "
             f"run; the step was not applied. Largest activation and alpha by layer: {layers}. Lower "
             "training.learning_rate or training.gate_lr_multiplier, clip with training.max_grad_norm, or leave such "
-            "steps out with training.nonfinite=skip; the same command goes on from the last checkpoint."
+            "steps out with training.nonfinite=skip."
         )
 
     def _largest_activations(self) -> dict[str, float]:

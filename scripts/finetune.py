@@ -22,8 +22,9 @@ from transformers import set_seed
 from rezero_hf.arguments import sequences_per_step
 from rezero_hf.cli import run
 from rezero_hf.durable import write_whole
+from rezero_hf.errors import UserError, refused
 from rezero_hf.export import export_folder, rescue
-from rezero_hf.finetuning import add_lora, check_gates, find_base, hold_gates, load_base, read_task
+from rezero_hf.finetuning import add_lora, check_gates, check_lora, find_base, hold_gates, load_base, read_task
 from rezero_hf.launching import check_launch
 from rezero_hf.licences import license_there
 from rezero_hf.markdown import number, table
@@ -34,7 +35,7 @@ from rezero_hf.runs import now, provenance, read_metrics
 from rezero_hf.tasks import TASKS, TaskConfig
 from rezero_hf.together import on_main
 from rezero_hf.training import ReZeroTrainer, steps_over
-from rezero_hf.watch import PREEMPTED
+from rezero_hf.watch import PREEMPTED, NotFiniteError
 
 
 Name = StrEnum("Name", list(TASKS))
@@ -66,15 +67,20 @@ def main(
     check_launch()
     rate = {} if lora is None else {"learning_rate": LORA_RATE}
     args = script_arguments(output / "checkpoints", DEFAULTS | rate, overrides or ())
+    if lora is not None:
+        check_lora(args, from_scratch)
     base = find_base(model, task)
     about = TaskConfig(task, data, text_column, label_column, config_name, revision)
-    rows = read_task(base, about, block_size, cache_dir)
+    rows = read_task(base, about, args, block_size, cache_dir)
     args.max_steps = steps_over(args, rows.rows)
+    train_rows = rows.train(args.seed, args.max_steps * sequences_per_step(args))
     set_seed(args.seed)
     network = load_base(base, task, rows.id2label, from_scratch)
     if gates is not None:
         check_gates(network)
     has_gates = bool(gates_of(network))
+    # Of what is exported, into which adapters are merged.
+    parameters = network.num_parameters()
     if lora is not None:
         network = add_lora(network, task, lora, gates == Gates.trained, base.commit)
     elif gates == Gates.held:
@@ -85,7 +91,7 @@ def main(
         "task": str(task),
         "data": rows.record,
         "seed": args.seed,
-        "parameters": network.num_parameters(),
+        "parameters": parameters,
         "trained_parameters": network.num_parameters(only_trainable=True),
         "lora": lora,
         "gates": (gates or (Gates.held if lora else Gates.trained)) if has_gates else None,
@@ -93,15 +99,15 @@ def main(
     }
     if not from_scratch:
         record["init_from"] = {"path": model, "commit": base.commit}
-    trainer = ReZeroTrainer(
-        network,
-        args,
-        train_dataset=rows.train(args.seed, args.max_steps * sequences_per_step(args)),
-        eval_dataset=rows.held_out.get("validation"),
-        run_dir=output,
-        **rows.words,
-    )
-    trainer.train()
+    words = {"train_dataset": train_rows, "processing_class": rows.processor, **rows.words}
+    with refused("training"):
+        trainer = ReZeroTrainer(network, args, run_dir=output, run=record, **words)
+    # The model that is exported at the end takes the place of what then still waits.
+    trainer.waits_for_pushes = False
+    try:
+        trainer.train()
+    except NotFiniteError as error:
+        raise UserError(f"{error} Nothing is exported; begin anew, with another --output.") from error
     record |= {"finished": now(), "training_seconds": trainer.throughput.seconds()}
     main_process = trainer.is_world_process_zero()
     if trainer.told_to_stop:
@@ -127,6 +133,8 @@ def main(
     lines = [[split, *(number(found[name]) for name in columns)] for split, found in record["results"].items()]
     print(table(("split", *(name.replace("_", " ") for name in columns)), lines))
     print(f"The model is in {output / 'model'}. Next:\n  {next_command(task, output / 'model')}")
+    if trainer.pushes is not None:
+        print(trainer.pushes.finish(output / "model", args.max_steps))
 
 
 def next_command(task: str, folder: Path) -> str:

@@ -45,6 +45,10 @@ def main(
         raise UserError(f"the prompt is not UTF-8 text ({error}).") from error
     opened = open_model(model)
     tokenizer = tokenizer_of(opened)
+    if opened.task != "causal-lm":
+        raise UserError(
+            f"{model} holds {type(opened.model).__name__}, which names classes; a language model is needed."
+        )
     # What looks like the name of a special token is text.
     inputs = tokenizer(prompt, split_special_tokens=True, return_tensors="pt", return_token_type_ids=False)
     if not inputs["input_ids"].numel():

@@ -20,6 +20,7 @@ import typer
 from rezero_hf.benchmarks import alone
 from rezero_hf.cli import run
 from rezero_hf.errors import UserError
+from rezero_hf.opening import load_config
 from rezero_hf.results import integrations_table, works
 from rezero_hf.runs import provenance, read_record
 from rezero_hf.strict import check_names
@@ -60,11 +61,13 @@ def main(
     checkpoint = checkpoint or trained / "model"
     if not (made := read_record(checkpoint / "run.json")):
         raise UserError(f"{checkpoint} is not what a run left; name a folder like runs/quickstart/model.")
-    if "tokens" not in made:
+    if load_config(checkpoint, str(checkpoint)).architectures != ["ReZeroForCausalLM"]:
         raise UserError(f"{checkpoint} holds no language model; name a folder like runs/quickstart/model.")
 
     result = {"name": "integrations", "size": "cpu", **provenance(torch.device("cpu"))}
-    result |= {"checkpoint": f"{made['parameters']:,} parameters after {made['tokens']:,} tokens"}
+    # Fine-tuning counts no tokens.
+    after = f" after {made['tokens']:,} tokens" if "tokens" in made else ""
+    result |= {"checkpoint": f"{made['parameters']:,} parameters{after}"}
     result |= {"checks": [], "left_out": {}, "failed": {}}
     for name, (package, file) in CLIENTS.items():
         if only not in (None, name):

@@ -22,7 +22,7 @@ from rezero_hf.checkpoints import fetch_checkpoint
 from rezero_hf.cli import run
 from rezero_hf.data import prepare
 from rezero_hf.durable import write_whole
-from rezero_hf.errors import UserError
+from rezero_hf.errors import UserError, refused
 from rezero_hf.export import export_folder, rescue
 from rezero_hf.farewell import farewell, sample
 from rezero_hf.launching import LaunchReport, asks_for_fsdp, check_launch
@@ -36,7 +36,7 @@ from rezero_hf.starting import InitFrom, begin
 from rezero_hf.together import everywhere, on_main
 from rezero_hf.tokenization import load_tokenizer, token_byte_lengths
 from rezero_hf.training import ReZeroTrainer, training_steps
-from rezero_hf.watch import PREEMPTED
+from rezero_hf.watch import PREEMPTED, NotFiniteError
 
 
 def main(
@@ -120,7 +120,7 @@ def main(
     if resume_from is not None and not goes_on:
         everywhere(lambda: fetch_checkpoint(resume_from, output / "checkpoints"), "no process can begin without it")
         goes_on = True
-    try:
+    with refused(f"{recipe}: training"):
         trainer = ReZeroTrainer(
             model,
             args,
@@ -133,8 +133,6 @@ def main(
             recipe_text=resolved,
             optimizer_state=optimizer_state,
         )
-    except (RuntimeError, ImportError) as error:
-        raise UserError(f"{recipe}: training: {error}") from error
     # The optimiser alone is to hold it from here on.
     del optimizer_state
     # The model that is exported at the end takes the place of what then still waits.
@@ -146,13 +144,14 @@ def main(
         if aside:
             print(f"an earlier run is kept in {os.path.relpath(aside)}")
     trainer.add_callback(LaunchReport(trainer, plan.data.block_size))
-    trained = trainer.train(resume_from_checkpoint=goes_on)
+    try:
+        trained = trainer.train(resume_from_checkpoint=goes_on)
+    except NotFiniteError as error:
+        raise UserError(f"{error} The same command goes on from the last checkpoint.") from error
     training_seconds = trainer.throughput.seconds()
     if trainer.told_to_stop:
         if main_process:
             print(f"told to stop: saved at step {trained.global_step} of {args.max_steps}; the same command goes on")
-            if trainer.pushes is not None and (line := trainer.pushes.stop()) is not None:
-                print(line)
         sys.exit(PREEMPTED)
 
     # Under FSDP all processes give up their shards for the export.

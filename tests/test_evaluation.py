@@ -14,6 +14,8 @@ from transformers import BertConfig, BertLMHeadModel, GPT2Config, GPT2LMHeadMode
 
 from rezero_hf import (
     ReZeroForMaskedLM,
+    ReZeroForSequenceClassification,
+    ReZeroForTokenClassification,
     ReZeroMLPConfig,
     ReZeroMLPForImageClassification,
     ReZeroTrainer,
@@ -23,14 +25,16 @@ from rezero_hf import (
     opening,
     verify_folder,
 )
-from rezero_hf.blocks import EvalBlocks
+from rezero_hf.blocks import IGNORE_INDEX, EvalBlocks
 from rezero_hf.checkpoints import MANIFEST
 from rezero_hf.data import DataConfig, prepare
 from rezero_hf.errors import UserError
-from rezero_hf.evaluation import data_for, evaluate_images, evaluate_text, why_not_kept
+from rezero_hf.evaluation import evaluate_images, evaluate_labels, evaluate_text, why_not_kept
+from rezero_hf.evaluation_data import data_for
 from rezero_hf.image_data import EvalImages, ImageDataConfig, accuracy_metrics, prepare_images
 from rezero_hf.opening import open_model
 from rezero_hf.sources import Source
+from rezero_hf.tasks import TaskConfig, labelled_rows, text_blocks
 from rezero_hf.tokenization import token_byte_lengths, train_bpe
 
 
@@ -162,6 +166,104 @@ def test_images_as_training_measures_them(tmp_path):
     other = ReZeroMLPForImageClassification(ReZeroMLPConfig(image_size=8, num_channels=1, hidden_size=8, num_labels=9))
     with pytest.raises(UserError, match="10 classes, which is not what"):
         evaluate_images(opened_from(other, images.image_processor(), tmp_path / "other"), data, ["test"], 8)
+
+
+ROWS = [
+    {"text": f"def f{n}(x): return x" if n % 2 else f"class C{n}: pass", "label": "odd" if n % 2 else "even"}
+    for n in range(30)
+]
+TAGS = [{"tokens": ["def", f"f{n}", "(", ")"], "tags": ["key", "name", "sign", "sign"]} for n in range(30)]
+
+
+def written(rows, path):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def classifier(tiny_model, tokenizer, tmp_path):
+    """A classifier of texts, exported, whose classes are in another order than the data's."""
+    model = tiny_model(ReZeroForSequenceClassification, initializer_range=0.3, id2label={0: "odd", 1: "even", 2: "?"})
+    return export_folder(model, tokenizer, tmp_path / "classifier", run={"name": "classifier"})
+
+
+@pytest.mark.parametrize(
+    "names", [["sign", "name", "key"], ["LABEL_0", "LABEL_1", "LABEL_2"]], ids=["names", "numbers"]
+)
+def test_words_are_classified_as_one_by_one(tiny_model, tokenizer, tmp_path, names):
+    """Classes are those of the same name, or number where they have none; every row alone gives the same numbers."""
+    rows = TAGS if "key" in names else [row | {"tags": [2, 0, 1, 1]} for row in TAGS]
+    task = TaskConfig("token-classification", str(written(rows, tmp_path / "tags.jsonl")))
+    model = tiny_model(ReZeroForTokenClassification, initializer_range=0.3, id2label=dict(enumerate(names)))
+    opened = opened_from(model, tokenizer, tmp_path / "model")
+    data, fingerprint = data_for(opened, task.data)
+    assert fingerprint is None and data.task == task
+    found = evaluate_labels(opened, data, ["test", "all"], None, 8)["results"]
+    assert found["all"]["words"] == 4 * len(rows)
+    prepared, nats, right = labelled_rows(task, tokenizer, 64), 0.0, 0
+    for row in prepared.held_out["test"]:
+        with torch.no_grad():
+            scores = opened.model(torch.tensor([row["input_ids"]])).logits[0].log_softmax(-1)
+        for place, label in enumerate(row["labels"]):
+            if label != IGNORE_INDEX:
+                number = names.index(prepared.id2label[label]) if "key" in names else label
+                nats, right = nats - scores[place, number].item(), right + int(scores[place].argmax() == number)
+    words = found["test"]["words"]
+    assert found["test"] == pytest.approx({"loss": nats / words, "accuracy": right / words, "words": words}, rel=1e-5)
+
+
+def test_a_classifiers_accuracy_is_what_fine_tuning_measures(classifier, tokenizer, tmp_path, evaluate):
+    """By the script, and kept in its card; of the same rows under another class the model says that it is not its."""
+    rows = written(ROWS, tmp_path / "rows.jsonl")
+    status, said, error = evaluate(classifier, rows, "--split", "test", "--batch-size", 2)
+    assert status == 0 and "row by row, of 64 tokens at most" in said, error
+    (kept,) = json.loads((classifier / "run.json").read_text())["evaluations"]
+    prepared = labelled_rows(TaskConfig("sequence-classification", str(rows)), tokenizer, 64)
+    model = open_model(str(classifier)).model
+    right = 0
+    for row in prepared.held_out["test"]:
+        with torch.no_grad():
+            guess = model(torch.tensor([row["input_ids"]])).logits.argmax().item()
+        right += model.config.id2label[guess] == prepared.id2label[row["labels"]]
+    assert kept["results"]["test"]["texts"] == len(prepared.held_out["test"]) == 3
+    assert kept["results"]["test"]["accuracy"] == right / 3
+    card = (classifier / "README.md").read_text()
+    assert "| rows.jsonl | test | row by row, 64 tokens |" in card
+    verify_folder(classifier)
+    other = written([row | {"label": row["label"].upper()} for row in ROWS], tmp_path / "other.jsonl")
+    for words, message in [
+        ((other,), "classifier does not know the class 'EVEN', only odd, even, ?"),
+        ((rows, "--stride", 2), "--stride is for language models"),
+        ((rows, "--label-column", "stars"), "has no column 'stars' in train"),
+        (("scripts/recipes/quickstart.yaml",), "its data are not what ReZeroForSequenceClassification reads"),
+        (
+            ("scripts/recipes/quickstart.yaml", "--text-column", "x"),
+            "--text-column: scripts/recipes/quickstart.yaml says",
+        ),
+    ]:
+        status, _, error = evaluate(classifier, *words)
+        assert status == 2 and message in error, (words, error)
+
+
+def test_data_are_read_as_fine_tuning_reads_them(opened, tokenizer, tmp_path):
+    """A file of rows by its column of text, not as the text of the file; images by class from a folder."""
+    rows = written([{"body": row["text"] * 9} for row in ROWS], tmp_path / "rows.jsonl")
+    data, _ = data_for(opened, str(rows), str(tmp_path / "cache"), text_column="body")
+    found = evaluate_text(opened, data, ["all"], None, None, 8)["results"]["all"]
+    assert found["bytes"] == sum(len(row["text"]) * 9 for row in ROWS)
+    of_training = text_blocks(TaskConfig("causal-lm", str(rows), "body"), tokenizer, WINDOW, str(tmp_path / "cache"))
+    assert of_training.record["fingerprint"] == prepare(data, tokenizer).fingerprint
+    with pytest.raises(UserError, match="--label-column is for classes"):
+        data_for(opened, str(rows), label_column="label")
+    mlp = opened_from(ReZeroMLPForImageClassification(ReZeroMLPConfig(image_size=4)), None, tmp_path / "mlp")
+    for name in ("a/1.png", "b/2.png", "parquet/train.parquet"):
+        (tmp_path / "pictures" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "pictures" / name).touch()
+    assert data_for(mlp, str(tmp_path / "pictures" / "a"))[0].source == f"hub:{tmp_path / 'pictures' / 'a'}"
+    data, _ = data_for(mlp, str(tmp_path / "pictures" / "parquet"))
+    assert (data.source, data.path) == ("parquet", str(tmp_path / "pictures" / "parquet"))
+    with pytest.raises(UserError, match=r"--text-column, .* are for text"):
+        data_for(mlp, "digits", text_column="text")
 
 
 @pytest.fixture

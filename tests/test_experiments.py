@@ -341,6 +341,22 @@ def test_a_finished_run_of_other_data_is_not_taken_for_this_one(recipe, tmp_path
         run_experiment(run, tmp_path / "run")
 
 
+def test_a_run_of_labelled_text_is_of_those_rows_alone(text_recipe, tmp_path):
+    """With one row changed neither a finished run is taken for this one nor an interrupted one gone on with."""
+    rows = [{"text": f"def f{n}(x):", "label": n % 2} for n in range(40)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = text_recipe("task.name=sequence-classification", f"task.data={path}")
+    run_experiment(run, tmp_path / "run", keep=True)
+    run_experiment(run, tmp_path / "run")
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows[:-1], {"text": "another", "label": 1}]))
+    with pytest.raises(UserError, match="what data names was something else then"):
+        run_experiment(run, tmp_path / "run")
+    (tmp_path / "run" / "run.json").unlink()
+    with pytest.raises(UserError, match="was trained on other data"):
+        run_experiment(run, tmp_path / "run")
+
+
 def test_a_run_that_cannot_be_made_ends_the_study_with_one_line(recipe, tmp_path):
     """The worker's own error comes out, and the others are not waited for."""
     recipe.write_text(f"{TINY}study: {{item: a test, metric: loss, seeds: [0, 1], rows: {{a: {{label: a}}}}}}\n")

@@ -25,10 +25,16 @@ from transformers import (
     TrainerCallback,
 )
 
-from rezero_hf import ReZeroForSequenceClassification, ReZeroMLPConfig, ReZeroMLPForImageClassification
+from rezero_hf import (
+    ReZeroForSequenceClassification,
+    ReZeroMLPConfig,
+    ReZeroMLPForImageClassification,
+    ReZeroTrainingArguments,
+    push_queue,
+)
 from rezero_hf.blocks import IGNORE_INDEX
 from rezero_hf.errors import UserError
-from rezero_hf.finetuning import add_lora, find_base, load_base, register_lora_targets
+from rezero_hf.finetuning import add_lora, find_base, load_base, read_task, register_lora_targets
 from rezero_hf.hub import render_card
 from rezero_hf.images import image_processor
 from rezero_hf.labelled import STDLIB, read_labelled
@@ -190,6 +196,7 @@ def test_lora_trains_adapters_and_the_head_alone_and_merges(finetune, place, ids
     record = json.loads((run / "run.json").read_text())
     assert record["lora"] == 2 and record["gates"] == flag
     assert record["trained_parameters"] < record["parameters"] / 5
+    assert record["parameters"] == auto.from_pretrained(run / "model").num_parameters()
 
 
 def test_an_adapter_names_the_repository_and_commit_it_belongs_to(place, tmp_path):
@@ -265,6 +272,11 @@ def test_from_scratch_is_the_same_network_with_other_weights(finetune, place):
         (("plain", "rows.csv", "--gates", "held"), "residual='plain' has no gates"),
         (("text", "rows.csv", "training.learning_rat=1"), "key 'learning_rat' is unknown; did you mean 'learning_rate'?"),
         (("text", "rows.csv", "model.hidden_size=1"), "override: 'model.hidden_size' is not section.key with a section of training"),
+        (("text", "rows.csv", "--lora", "2", "--from-scratch"), "--from-scratch draws that at random: leave one of them out"),
+        (("text", "rows.csv", "--lora", "2", "training.push_to_hub=true", "training.hub_model_id=me/x"), "--lora trains an adapter: leave it out"),
+        (("text", "rows.csv", "training.eval_blocks=2"), "training.eval_blocks and training.final_eval_blocks are for causal-lm"),
+        (("text", "few.csv", "--task", "causal-lm"), "few.csv has no text for validation: add some, or name a folder"),
+        (("text", "few.csv", "--task", "causal-lm", "training.eval_strategy=no"), "few.csv has no text for validation"),
         (("text", "rows.csv", "training.learning_rate=-1.0"), "learning_rate=-1.0: must be a finite number"),
     ],
 )  # fmt: skip
@@ -284,6 +296,7 @@ def odd_places(place, tiny_model, tokenizer):
         "empty.csv": [("a", "x"), (None, "x"), ("c", "x")],
         "one.csv": [("a", "x"), ("b", "x"), ("c", "x")],
         "two.csv": [("a", "x"), ("b", "y")],
+        "few.csv": [(f"line {n} of a text\n" * 9, "x") for n in range(5)],
     }.items():
         with (place / name).open("w", newline="") as file:
             csv.writer(file).writerows([("text", "label"), *rows])
@@ -299,6 +312,56 @@ def odd_places(place, tiny_model, tokenizer):
     models["plain"].save_pretrained(place / "no-tokenizer")
     models["plain"].save_pretrained(place / "no-pad")
     PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer).save_pretrained(place / "no-pad")
+
+
+def test_words_that_the_library_refuses_are_one_line(finetune, tmp_path, capsys):
+    """Where they show when the trainer is made; the folder can be used again."""
+    with pytest.raises(SystemExit) as end:
+        finetune("text", "rows.csv", "training.save_strategy=best")
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert end.value.code == 2 and error.startswith("error: training: `args.metric_for_best_model` must be")
+    assert not any((tmp_path / "run").iterdir())
+
+
+def test_evaluations_of_text_read_as_many_blocks_as_they_are_told(place, tmp_path):
+    """During training `eval_blocks`, at the end `final_eval_blocks`."""
+    base, about = find_base(str(place / "text"), "causal-lm"), TaskConfig("causal-lm", str(place / "notes.txt"))
+    args = ReZeroTrainingArguments(tmp_path, report_to="none", eval_blocks=1, final_eval_blocks=2)
+    rows = read_task(base, about, args, 32, str(place / "cache"))
+    assert [len(rows.words["eval_dataset"]), *map(len, rows.held_out.values())] == [1, 2, 2]
+
+
+def test_checkpoints_are_whole_models_and_saves_reach_the_hub(finetune, hub, tmp_path, monkeypatch):
+    """What a run saves on the way has its tokenizer and its card, so it can be tuned further, exported and pushed."""
+    for name, value in hub.environment(tmp_path / "home").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(push_queue, "COMMAND", (sys.executable, "-c", NOTED))
+    words = ("training.save_strategy=steps", "training.save_steps=1", "training.push_to_hub=true")
+    run = finetune("text", "rows.csv", *words, "training.hub_model_id=me/tuned")
+    checkpoint = run / "checkpoints" / "checkpoint-1"
+    assert find_base(str(checkpoint), "sequence-classification").config.num_labels == 2
+    assert "This is step 1 of 2" in (checkpoint / "README.md").read_text()
+    pushed = [json.loads(line)["step"] for line in (run / "pushes.jsonl").read_text().splitlines()]
+    assert pushed[-1] == 2 and not list((run / "checkpoints").glob(".push-*"))
+
+
+# A push that takes the place of the real one: it notes itself.
+NOTED = """
+import json, sys
+request = json.loads(sys.argv[1])
+with open(request["journal"], "a") as journal:
+    journal.write(json.dumps({"step": request["step"], "to": request["to"], "commit": "c" * 40}) + "\\n")
+"""
+
+
+def test_a_run_that_blows_up_says_what_helps(finetune, capsys):
+    """Not that the same command goes on, which it does not."""
+    words = ("training.learning_rate=1.0e+30", "training.max_grad_norm=0", "training.warmup_steps=0")
+    with pytest.raises(SystemExit):
+        finetune("text", "rows.csv", *words)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "Lower training.learning_rate" in error
+    assert error.endswith("Nothing is exported; begin anew, with another --output.")
 
 
 def test_a_run_told_to_stop_is_not_taken_for_finished(finetune, tmp_path, monkeypatch, capsys):

@@ -14,6 +14,7 @@ from rezero_hf import (
     ReZeroConfig,
     ReZeroForCausalLM,
     ReZeroForMaskedLM,
+    ReZeroForSequenceClassification,
     ReZeroMLPConfig,
     ReZeroMLPForImageClassification,
 )
@@ -132,8 +133,10 @@ def test_learned_positions_are_the_limit(tmp_path, tokenizer, generate):
     assert status == 2 and "the prompt's 8 tokens fill its 8 positions; shorten the prompt" in error
 
 
-def test_a_users_mistake_is_one_line(singer, tmp_path, tiny_model, generate):
+def test_a_users_mistake_is_one_line(singer, tmp_path, tiny_model, tokenizer, generate):
     tiny_model(ReZeroForMaskedLM).save_pretrained(tmp_path / "masked")
+    tiny_model(ReZeroForSequenceClassification).save_pretrained(tmp_path / "classes")
+    tokenizer.save_pretrained(tmp_path / "classes")
     tiny_model().save_pretrained(tmp_path / "mute")
     ReZeroMLPForImageClassification(ReZeroMLPConfig(image_size=4, hidden_size=8)).save_pretrained(tmp_path / "mlp")
     for words, message in [
@@ -141,6 +144,7 @@ def test_a_users_mistake_is_one_line(singer, tmp_path, tiny_model, generate):
         ((tmp_path / "mute", "a"), "mute holds no tokenizer"),
         ((tmp_path / "masked", "a"), "masked holds ReZeroForMaskedLM, which is neither"),
         ((tmp_path / "mlp", "a"), "mlp holds ReZeroMLPForImageClassification, which reads images"),
+        ((tmp_path / "classes", "a"), "classes holds ReZeroForSequenceClassification, which names classes"),
         ((singer, "a", "--temperature", -1), "--temperature -1.0: must be a finite number, 0 or more"),
         ((singer, "a", "--top-p", 0), "--top-p 0.0: must be above 0 and at most 1"),
     ]:

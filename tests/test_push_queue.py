@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from hub_server import Refuse
+from transformers import TrainerCallback
 
 from rezero_hf import (
     ReZeroForQuestionAnswering,
@@ -236,6 +237,30 @@ def test_what_is_wrong_with_the_journal_does_not_reach_the_run(queue, tmp_path, 
     assert "Is a directory" in shown
 
 
+@pytest.mark.parametrize("end", [KeyboardInterrupt, UserError])
+def test_a_run_that_fails_says_what_is_not_on_the_hub(
+    queue, hub, tiny_model, tokenizer, tmp_path, monkeypatch, capsys, end
+):
+    """The process that pushes ends with it; a line and a row are left of its push, and the run's own error comes out."""
+    monkeypatch.setattr(push_queue, "STOP_PATIENCE", 0.1)
+
+    class Fail(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                raise end("the run failed")
+
+    words = {"max_steps": 2, "save_steps": 1, "report_to": "none", "push_to_hub": True, "hub_model_id": REPO}
+    rows = [{"input_ids": list(range(8)), "labels": list(range(8))}] * 16
+    args = ReZeroTrainingArguments(tmp_path / "run" / "out", hub_token=hub.token, **words)
+    words = {"train_dataset": rows, "processing_class": tokenizer, "run_dir": tmp_path / "run", "callbacks": [Fail()]}
+    trainer = ReZeroTrainer(tiny_model(), args, **words)
+    trainer.waits_for_pushes = False
+    with pytest.raises(end, match="the run failed"):
+        trainer.train()
+    assert "step 1 is not on the Hub: not done in" in capsys.readouterr().out
+    assert ["not done" in row["failed"] for row in trainer.pushes.rows()] == [True]
+
+
 def test_after_a_restart_the_hub_gets_what_it_lacks(queue, tmp_path):
     """The checkpoint that a run goes on from is pushed, unless the journal knows it to be in this place."""
     (checkpoint,) = saved(tmp_path, 4)
@@ -341,3 +366,4 @@ def test_another_model_is_not_pushed_by_halves(hub, tiny_model, tokenizer, tmp_p
         ReZeroTrainer(tiny_model(ReZeroForQuestionAnswering), args, processing_class=tokenizer)
     with pytest.raises(UserError, match=r"pushes ReZeroForCausalLM, .* with tokenizer or image processor"):
         ReZeroTrainer(tiny_model(), args)
+    assert not hub.requests

@@ -5,13 +5,14 @@ import re
 import runpy
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import yaml
 from processes import run_script
 
-from rezero_hf import load_recipe, verify_folder
+from rezero_hf import ReZeroForSequenceClassification, export_folder, load_recipe, verify_folder
 from rezero_hf.runs import read_metrics
 
 
@@ -107,6 +108,36 @@ def test_a_users_mistake_is_one_line_and_leaves_nothing(overrides, message, tmp_
     lines = [line for line in said if line.startswith("error: ")]
     assert len(lines) == 1 and message in lines[0], said
     assert not (tmp_path / "runs").exists()
+
+
+def test_words_that_the_library_refuses_are_one_line(corpus, tmp_path, monkeypatch, capsys):
+    recipe = ROOT / "scripts" / "recipes" / "quickstart.yaml"
+    words = ["--smoke", "--output", str(tmp_path / "run"), *corpus, "training.save_strategy=best"]
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", str(recipe), *words])
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_path(str(ROOT / "scripts" / "pretrain.py"), run_name="__main__")
+    assert exit.value.code == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"error: {recipe}: training: `args.metric_for_best_model` must be provided")
+
+
+def test_clients_are_tried_on_any_language_model(tiny_model, tokenizer, tmp_path, monkeypatch, capsys):
+    """Also a fine-tuned one, of which no tokens were counted; not on a classifier."""
+    monkeypatch.setattr(metadata, "version", lambda package, real=metadata.version: real(package.replace("trl", "no!")))
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TOKENIZERS_PARALLELISM"):
+        monkeypatch.setenv(name, "1")
+    status = {}
+    for name, model in {"text": tiny_model(), "classes": tiny_model(ReZeroForSequenceClassification)}.items():
+        folder = export_folder(model, tokenizer, tmp_path / name, run={"name": name, "parameters": 5})
+        words = [str(folder), "--only", "TRL", "--output", str(tmp_path / "out")]
+        monkeypatch.setattr(sys, "argv", ["integrations.py", *words])
+        with pytest.raises(SystemExit) as exit:
+            runpy.run_path(str(ROOT / "scripts" / "integrations.py"), run_name="__main__")
+        status[name] = exit.value.code
+    said = capsys.readouterr()
+    assert status == {"text": 0, "classes": 2}
+    assert "not installed: trl" in said.out
+    assert f"{tmp_path / 'classes'} holds no language model" in said.err
 
 
 def test_a_second_run_keeps_the_first(corpus, tmp_path):

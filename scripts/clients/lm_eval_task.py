@@ -60,6 +60,7 @@ def check(folder, scratch):
     model_args = f"pretrained={folder},trust_remote_code=True,max_length={WINDOW},dtype=float32"
     command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args", model_args, "--device", "cpu"]
     command += ["--batch_size", "8", "--include_path", str(scratch), "--output_path", str(scratch / "out")]
+    command += ["--log_samples"]
     subprocess.run([*command, "--tasks", ",".join(tasks(scratch, documents))], check=True, stdout=sys.stderr)
     found = json.loads(next((scratch / "out").rglob("results_*.json")).read_text())["results"]
 
@@ -74,12 +75,16 @@ def check(folder, scratch):
         scores = logits(model, ids)[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
         return scores[-len(tokenizer(choice).input_ids) :].sum()
 
-    right = sum(
-        torch.stack([log_likelihood(question["before"], choice) for choice in question["choices"]]).argmax().item() == 0
+    answers = [
+        torch.stack([log_likelihood(question["before"], choice) for choice in question["choices"]]).argmax().item()
         for question in asked
-    )
-    differ = abs(found["rezero_choice"]["acc,none"] * QUESTIONS - right)
-    yield Check("multiple_choice, right answers beside those by `forward`", differ, 0, f"of {QUESTIONS} differ")
+    ]
+    with next((scratch / "out").rglob("samples_rezero_choice_*.jsonl")).open(encoding="utf-8") as file:
+        samples = sorted(map(json.loads, file), key=lambda sample: sample["doc_id"])
+    # Of each choice its log likelihood, written as text, and whether it is what the model would say unasked.
+    theirs = [torch.tensor([float(said) for said, _ in sample["filtered_resps"]]).argmax().item() for sample in samples]
+    differ = sum(one != other for one, other in zip(answers, theirs, strict=True))
+    yield Check("multiple_choice, each answer beside that by `forward`", differ, 0, f"of {QUESTIONS} differ")
 
 
 if __name__ == "__main__":
