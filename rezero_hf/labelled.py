@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .corpora import PythonStdlib
-from .hub_corpora import SPLIT_NAMES, load_dataset_or_explain
+from .hub_corpora import SPLIT_NAMES, label_of, load_dataset_or_explain
 from .sources import SPLITS, DataError, cache_folder, memory_file, recall, remember
 
 
@@ -85,7 +85,7 @@ def read_labelled(
         raise DataError(f"{data} has no two classes, only {', '.join(classes)}: choose another label_column")
     digest = hashlib.sha256(json.dumps(splits).encode()).hexdigest()
     counts = {split: len(rows) for split, rows in splits.items()}
-    name = Path(data).name if Path(data).is_absolute() else data
+    name = data if data == STDLIB else label_of(os.path.expanduser(data.removeprefix("hub:")))
     origin = {"kind": "labelled", "sha256": digest, "rows_in_an_earlier_split": dropped}
     return LabelledText(splits, classes, {"source": name, "origin": origin, "classes": classes, "splits": counts})
 

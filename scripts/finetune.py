@@ -108,7 +108,7 @@ def main(
         trainer.train()
     except NotFiniteError as error:
         raise UserError(f"{error} Nothing is exported; begin anew, with another --output.") from error
-    record |= {"finished": now(), "training_seconds": trainer.throughput.seconds()}
+    record |= {"finished": now(), "training_seconds": trainer.throughput.seconds(), **trainer.energy.record()}
     main_process = trainer.is_world_process_zero()
     if trainer.told_to_stop:
         if main_process:
