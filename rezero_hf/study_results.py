@@ -1,6 +1,7 @@
 """What the runs of a study come to: one JSON, from which its tables and pictures are made."""
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from statistics import fmean
 from typing import Any
@@ -156,25 +157,54 @@ def places(result: dict[str, Any]) -> dict[tuple, list[dict[str, Any]]]:
     return found
 
 
-def ahead_from(ours: dict[str, Any], other: dict[str, Any], metric: str) -> int | None:
-    """The step from which on one row is better than another at every evaluation, with every seed by itself.
+def ahead_from(
+    ours: dict[str, Any], other: dict[str, Any], metric: str, mean: bool = False, seconds: bool = False
+) -> float | None:
+    """From when on one row is better than another, to the end.
+
+    Args:
+        ours, other: the rows, with the same seeds.
+        metric: which of the curves' numbers.
+        mean: compare means over the seeds; else (default) every seed by itself has to be better.
+        seconds: compare at equal times, by what a step of each takes; else (default) at equal steps. Between two
+            evaluations a curve is a straight line, and it stays at its last value while the other goes on.
 
     Returns:
-        the first such evaluation's step; None where the last one already is not.
+        the step of `ours`, or the seconds, of the first evaluation of either from which on it is; None where it is not
+        at the end.
     """
-    sign = 1 if METRICS[metric] else -1
-    ahead: dict[int, bool] = {}
-    for mine, theirs in zip(ours["runs"], other["runs"], strict=True):
-        values, others = (
-            {point["step"]: sign * point[metric] for point in finite(run["curve"], metric)} for run in (mine, theirs)
-        )
-        # What is not there or no number, as after diverging, is behind.
-        for step in {point["step"] for run in (mine, theirs) for point in run["curve"]}:
-            here = values.get(step, math.inf) < others.get(step, math.inf)
-            ahead[step] = ahead.get(step, True) and here
+    # What is not there or no number, as after diverging, is behind.
+    steps = sorted({point["step"] for run in (*ours["runs"], *other["runs"]) for point in run["curve"]})
+    pairs = [
+        [_on(steps, finite(run["curve"], metric), metric) for run in runs]
+        for runs in zip(ours["runs"], other["runs"], strict=True)
+    ]
+    if mean:
+        pairs = [[[fmean(at) for at in zip(*curves, strict=True)] for curves in zip(*pairs, strict=True)]]
+    takes = [row["step_seconds"] if seconds else 1 for row in (ours, other)]
     first = None
-    for step in sorted(ahead, reverse=True):
-        if not ahead[step]:
+    for time in sorted({step * each for step in steps for each in takes}, reverse=True):
+        if time < steps[0] * max(takes):
             break
-        first = step
+        here = [
+            [_between(steps, curve, time / each) for curve, each in zip(pair, takes, strict=True)] for pair in pairs
+        ]
+        if not all(mine < theirs for mine, theirs in here):
+            break
+        first = time
     return first
+
+
+def _on(steps: list[int], points: list[dict[str, Any]], metric: str) -> list[float]:
+    """A curve on given steps, less being better, infinite where it has no point."""
+    found = {point["step"]: (1 if METRICS[metric] else -1) * point[metric] for point in points}
+    return [found.get(step, math.inf) for step in steps]
+
+
+def _between(steps: list[int], curve: list[float], step: float) -> float:
+    # A time divided by what a step takes may fall short of the first by a rounding.
+    place = max(bisect_right(steps, step), 1)
+    if place == len(steps) or steps[place - 1] == step:
+        return curve[place - 1]
+    share = (step - steps[place - 1]) / (steps[place] - steps[place - 1])
+    return (1 - share) * curve[place - 1] + share * curve[place]

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from statistics import fmean, stdev
 from typing import Any
 
@@ -32,6 +32,10 @@ TUNED = '{rows} tuned by the same rule on the first seed; "edge" marks a word wh
 TIMED = (
     "Milliseconds a step are medians, all rows by turns in one process (on a CPU, one thread); seconds to a target are "
     "its steps times that, and ≤ marks a target that was passed before the first evaluation.\n"
+)
+LEADS = (
+    "From when on {label} is ahead for good, at equal steps and at equal times "
+    '("always": from the first evaluation on):'
 )
 GROWN = " FLOP and seconds of a row that began with another run's model include that run's."
 BEGUN = (
@@ -132,22 +136,36 @@ def study_card(result: dict[str, Any], figures: Iterable[str]) -> str:
 
 
 def _leads(result: dict[str, Any]) -> str | None:
-    """From which step on the row that the study is about is ahead of each other row, for good and with every seed."""
-    lines = []
+    """From when on the row that the study is about is ahead of each other row, for good."""
+    parts = []
     for place, rows in places(result).items():
         ours = next((row for row in rows if row["row"] == result["ours"]), None)
         others = [row for row in rows if row is not ours and len(row["runs"][0]["curve"]) > 2]
         if ours is None or ours["target"] is None or not others:
             continue
         where = "".join(f", {short(key)} {value}" for key, value in place)
-        first = min(point["step"] for point in ours["runs"][0]["curve"])
-        said = []
-        for row in others:
-            step = ahead_from(ours, row, result["metric"])
-            when = "the first evaluation on" if step is not None and step <= first else f"step {step} on"
-            said.append(f"of {row['label']} " + ("not even at the end" if step is None else f"from {when}"))
-        lines.append(f"{ours['label']}{where} is ahead for good and with every seed: {'; '.join(said)}.")
-    return "\n\n".join(lines) or None
+        lines = [[row["label"], *_lead(ours, row, result["metric"])] for row in others]
+        header = ("row", "in the mean", "with every seed", "in the mean, in seconds", "with every seed, in seconds")
+        parts += [LEADS.format(label=f"{ours['label']}{where}"), markdown_table(header, lines)]
+    return "\n\n".join(parts) or None
+
+
+def _lead(ours: dict[str, Any], other: dict[str, Any], metric: str) -> Iterator[str]:
+    first = min(point["step"] for point in ours["runs"][0]["curve"])
+    timed = bool(ours["step_seconds"] and other["step_seconds"])
+    for seconds in (False, True):
+        begin = first * (max(row["step_seconds"] for row in (ours, other)) if seconds and timed else 1)
+        for mean in (True, False):
+            if seconds and not timed:
+                yield ""
+                continue
+            since = ahead_from(ours, other, metric, mean=mean, seconds=seconds)
+            if since is None:
+                yield "not at the end"
+            elif math.isclose(since, begin):
+                yield "always"
+            else:
+                yield f"from {since:.3g} s on" if seconds else f"from step {since} on"
 
 
 def _begun(bases: dict[str, dict[str, Any]]) -> str:

@@ -169,11 +169,13 @@ def test_two_studies_do_not_run_into_one_folder(tmp_path):
         run_study(recipe, load_study(recipe), tmp_path / "runs")
 
 
-def test_ahead_means_for_good_and_with_every_seed():
-    """A lead that one seed loses for a while begins where it has it back; what has diverged is behind."""
+def test_ahead_means_for_good():
+    """With every seed, or in their mean; a lead that is lost for a while begins where it is back; what has diverged is
+    behind. At equal times a slower row is compared with what the other one has come to meanwhile."""
 
-    def row(*curves):
-        return {"runs": [{"curve": [{"step": 10 * (k + 1), "loss": v} for k, v in enumerate(c)]} for c in curves]}
+    def row(*curves, takes=None):
+        runs = [{"curve": [{"step": 10 * (k + 1), "loss": v} for k, v in enumerate(c)]} for c in curves]
+        return {"runs": runs, "step_seconds": takes}
 
     ours, other = row([5, 3, 2, 1], [5, 3, 2, 1]), row([6, 4, 3, 2], [6, 4, 1.5, 2])
     assert ahead_from(ours, other, "loss") == 40
@@ -181,6 +183,12 @@ def test_ahead_means_for_good_and_with_every_seed():
     assert ahead_from(ours, row([4, 4], [4, 4]), "loss") == 20
     assert ahead_from(row([4, 4], [4, 4]), ours, "loss") is None
     assert ahead_from(other, ours, "loss") is None
+    assert ahead_from(ours, other, "loss", mean=True) == 10
+    assert ahead_from(ours, row([6, 4, 3, 2], [6, 4, 3, float("nan")]), "loss", mean=True) == 10
+    # 40 s after the start one has 3 and the other is at its end with 2, which the slower one passes after its third point.
+    fast, slow = row([6, 4, 3, 2], takes=1.0), row([5, 3, 2, 1], takes=2.0)
+    assert ahead_from(slow, fast, "loss", seconds=True) == 80.0 and ahead_from(slow, fast, "loss") == 10
+    assert ahead_from(fast, row([5, 3, 2, 1.9], takes=2.0), "loss", seconds=True) is None
     # Of accuracy more is better.
     accuracy = [{"runs": [{"curve": [{"step": 10, "accuracy": value}]}]} for value in (0.7, 0.6)]
     assert ahead_from(*accuracy, "accuracy") == 10
