@@ -111,12 +111,13 @@ def test_the_papers_sizes(layers, sizes):
 @pytest.mark.parametrize(("layers", "study"), [(12, "norm_free"), (48, "norm_free_deep")])
 def test_the_bounded_form_is_the_one_that_was_measured(layers, study):
     """`bounded()` says what the row of the study at its depth says, and any field can be said over it."""
-    words = load_study(ROOT / "scripts" / "recipes" / f"{study}.yaml").rows["rezero_tanh"].set
+    measured = load_study(ROOT / "scripts" / "recipes" / f"{study}.yaml")
+    words = measured.rows[measured.ours].set
     config = ReZeroConfig.bounded(layers)
     measured = {key.removeprefix("model."): value for key, value in words.items() if key.startswith("model.")}
     assert {name: getattr(config, name) for name in measured} == measured
     assert config.num_hidden_layers == layers
-    assert ReZeroConfig.bounded(24).gate_init == pytest.approx(0.5 / 8**0.5)
+    assert ReZeroConfig.bounded(24).gate_init == 0.125 and ReZeroConfig.bounded(2).gate_init == 0.5
     assert ReZeroConfig.bounded(layers, gate_init=0.1, hidden_size=64).gate_init == 0.1
 
 
