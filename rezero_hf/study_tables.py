@@ -238,7 +238,8 @@ def speed_up(row: dict[str, Any], base: dict[str, Any] | None) -> str:
 
 def _chosen(row: dict[str, Any]) -> str:
     edge = [key for key, inside in row["inside"].items() if not inside]
-    words = [f"{short(key)} {value}{' (edge)' if key in edge else ''}" for key, value in row["chosen"].items()]
+    shown = {key: f"{value:g}" if isinstance(value, float) else value for key, value in row["chosen"].items()}
+    words = [f"{short(key)} {value}{' (edge)' if key in edge else ''}" for key, value in shown.items()]
     return ", ".join(words)
 
 

@@ -133,7 +133,7 @@ def test_a_table_shows_spread_targets_edges_and_divergence():
         "| base line | 1x | 2.100 ± 0.141 | 2.100 ± 0.141 | 50 ± 4 to 3.05 | 1.00x | 100 | 5.01 ± 0.373 | 9 | 10 |"
     )
     assert "| 33 ± 2 to 3.05 | 1.53x | 200 | 6.56" in lines[3]
-    assert "learning_rate 2.0 (edge)" in lines[3]
+    assert "learning_rate 2 (edge)" in lines[3]
     assert lines[4].count("diverged") == 2
 
 
