@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from statistics import fmean
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -126,7 +127,8 @@ def bars(rows: list[dict[str, Any]], metric: str, path: str | Path) -> Path:
             ax.plot(reached, [place] * len(reached), "o", color="black", markersize=3.5)
         else:
             ax.text(0, place, " diverged" if all(run["diverged"] for run in row["runs"]) else " never", va="center")
-    ax.set_yticks(range(len(rows)), [row["label"] for row in rows])
+    # Long names would leave no room for the bars.
+    ax.set_yticks(range(len(rows)), [fill(row["label"], 36) for row in rows])
     ax.set_xlabel(f"steps to {rows[0]['target']:.3g} {UNITS[metric]}")
     ax.xaxis.set_major_locator(whole_ticks(6))
     ax.xaxis.set_major_formatter("{x:,.0f}")
