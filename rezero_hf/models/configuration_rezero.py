@@ -282,7 +282,8 @@ class ReZeroConfig(PreTrainedConfig):
         begins behind (model_cards/norm_free). At 48 layers and 200 steps it ends, without a warm-up, at 2.206 +- 0.011,
         pre-norm at 2.447 +- 0.021 and 2.453 +- 0.017, ahead at every evaluation with every seed, and pre-norm with the
         same constant on its branches at 2.270 +- 0.006, ahead of that from step 75 on (model_cards/norm_free_deep). How
-        it was found: model_cards/LOG.md. Larger networks and longer runs have not been measured.
+        it was found: model_cards/LOG.md. At width 256 and 1200 steps one run at guessed rates was
+        behind the paper's form (section 19 there): search the rate.
 
         Args:
             num_hidden_layers: depth.
