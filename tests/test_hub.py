@@ -22,7 +22,7 @@ def recorded(**changes):
         "command": "accelerate launch scripts/pretrain.py recipe.yaml",
         "started": "2026-01-02T03:04:05+00:00",
         "wall_seconds": 552.3,
-        "energy_kwh": 0.0612,
+        "energy_kwh": 1.234,
         "versions": {"python": "3.11.9", "torch": "2.13.0"},
         "git": {"sha": "0123abc", "dirty": True},
         "device": "cpu (2 cores)",
@@ -64,7 +64,7 @@ def test_the_body_shows_what_was_recorded():
     """Data, hardware, time, versions, recipe and results stand in the text as they were recorded."""
     text = render_card(recorded(), config(), recipe_text="model:\n  depth: ```odd\n").text
     for shown in (
-        *("1,234,567 parameters", "cpu (2 cores)", "9 min 12 s", "0.061 kWh", "8,192,000", "torch 2.13.0"),
+        *("1,234,567 parameters", "cpu (2 cores)", "9 min 12 s", "1.2 kWh", "8,192,000", "torch 2.13.0"),
         *("c0ffee", "9,876,543", "0123abc (with local changes)", "Python Software Foundation License"),
         *("| validation | 1.2346 | 1.7811 |", "| test | 1.3000 | 1.8755 |", "````yaml\nmodel:\n  depth: ```odd\n````"),
     ):
