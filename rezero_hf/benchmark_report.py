@@ -85,13 +85,10 @@ def verdict(row: dict[str, Any]) -> str:
     return "ahead" if middle > 1 else "behind"
 
 
-def disturbed(comparisons: Iterable[dict[str, Any]]) -> dict[str, str]:
+def disturbed(result: dict[str, Any]) -> dict[str, str]:
     """Arm -> in what ReZero beside it took 1.5 times as long as beside most arms: others used the machine meanwhile."""
     found: dict[str, str] = {}
-    rows_of: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in comparisons:
-        rows_of.setdefault((row["measure"], row["mode"]), []).append(row)
-    for (measure, mode), rows in rows_of.items():
+    for (measure, mode), rows in _grouped(result).items():
         usual = median(median(row["costs"]["reference"]) for row in rows)
         for row in rows:
             if median(row["costs"]["reference"]) > 1.5 * usual:

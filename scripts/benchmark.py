@@ -113,7 +113,7 @@ def main(
         result["failed"] |= {name: failed} if failed else {}
         result["seconds"] = round(time.perf_counter() - start)
         write()
-    result["failed"] |= {} if smoke else disturbed(result["comparisons"])
+    result["failed"] |= {} if smoke else disturbed(result)
     result["complete"] = not (only or mode or left_out or result["failed"])
     write()
     print(benchmark_table(result))

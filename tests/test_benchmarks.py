@@ -133,8 +133,8 @@ def test_an_arm_beside_which_rezero_was_slow_was_measured_on_a_busy_machine():
         {"arm": arm, "measure": "prefill", "mode": "bf16", "costs": {"arm": ours, "reference": ours}}
         for arm, ours in costs.items()
     ]
-    assert disturbed(rows) == {"GPT-2": "the machine was busy during prefill bf16"}
-    assert not disturbed(rows[1:])
+    assert disturbed({"comparisons": rows}) == {"GPT-2": "the machine was busy during prefill bf16"}
+    assert not disturbed({"comparisons": rows[1:]})
 
 
 def test_an_arm_that_fails_is_named_and_the_others_are_kept(monkeypatch, tmp_path, capsys):
