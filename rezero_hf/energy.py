@@ -33,9 +33,9 @@ class EnergyMeter:
         return self._kwh
 
     def stop(self) -> None:
-        """Measure no longer; `kwh` stays as it is then."""
+        """Measure no longer, until the next start; `kwh` stays as it is then."""
         self._next(last=True)
-        self._on, self._tracker = False, None
+        self._tracker = None
 
     def record(self) -> dict[str, float]:
         """For a run's record: `energy_kwh`, or nothing."""
