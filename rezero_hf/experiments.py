@@ -240,9 +240,7 @@ def _finished(
         return None
     # Where the data lie is not what they are.
     changed = [line for line in changed_words(known["recipe"], resolved) if not line.startswith("data.path")]
-    prints = {found.get("fingerprint") for found in (known["data"], data)}
-    # A record of an older version does not say it of labelled text.
-    if not changed and len(prints - {None}) > 1:
+    if not changed and known["data"].get("fingerprint") != data.get("fingerprint"):
         changed = ["what data names was something else then: another Python's standard library, or other files"]
     if changed:
         raise UserError(
