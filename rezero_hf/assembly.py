@@ -17,8 +17,8 @@ from .models import FAMILIES
 _LAYER = re.compile(r"((?:model\.)?layers\.)(\d+)\.(.*)")
 
 
-def check_whole(model: PreTrainedModel) -> None:
-    """Raise a `UserError` unless the model is one of this package's, whole, in plain floating-point weights."""
+def check_ours(model: PreTrainedModel) -> None:
+    """Raise a `UserError` unless the model is one of this package's, with nothing around it."""
     kind = type(model).__name__
     if hasattr(model, "peft_config"):
         raise UserError(f"{kind} is wrapped by an adapter: merge it into the weights first (merge_and_unload).")
@@ -27,6 +27,12 @@ def check_whole(model: PreTrainedModel) -> None:
         remote = type(model).__module__.startswith("transformers_modules")
         how = " that this package knows: it came with its own code; import rezero_hf first, and load it again"
         raise UserError(f"{kind} is not a model of rezero_hf{how if remote else ''}.")
+
+
+def check_whole(model: PreTrainedModel) -> None:
+    """Raise a `UserError` unless the model is one of this package's, whole, in plain floating-point weights."""
+    check_ours(model)
+    kind = type(model).__name__
     if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
         raise UserError(f"{kind} is quantised: do this to the model it was made from, and quantise the result.")
     for name, parameter in model.named_parameters():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,8 @@ from .errors import UserError
 from .optim import gates
 
 
+# Where PEFT keeps a module that it trains whole, and what it puts before every name.
+IN_ADAPTER = re.compile(r"^base_model\.model\.|\.modules_to_save\.[^.]+(?=\.)")
 # What an evaluation yields: of text nats per token, bits per byte, and what they were measured on; of images accuracy.
 MEASURED = ("loss", "bits_per_byte", "tokens", "bytes", "accuracy")
 
@@ -24,11 +27,16 @@ def measured_in(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def gate_values(model: nn.Module) -> dict[str, list[float]]:
-    """Every gate's value: parameter name -> list, one number or one per branch. Every rank must call it under FSDP."""
+    """Every gate's value: parameter name -> list, one number or one per branch. Every rank must call it under FSDP.
+
+    Of the two that PEFT has for a gate among its `modules_to_save`, the one that is in use, under the gate's own name.
+    """
     values = {}
     for name, alpha in gates(model).items():
+        if ".original_module." in name:
+            continue
         whole = alpha.full_tensor() if hasattr(alpha, "full_tensor") else alpha
-        values[name] = whole.detach().float().cpu().tolist()
+        values[IN_ADAPTER.sub("", name)] = whole.detach().float().cpu().tolist()
     return values
 
 

@@ -22,8 +22,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
+from .assembly import check_ours
 from .errors import UserError
-from .models.residual import Residual
 
 
 # What the models of this package take beside their inputs to give a loss.
@@ -259,9 +259,7 @@ def signal_record(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], ma
 def _frozen_copy(
     model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], dtype: torch.dtype
 ) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
-    layers = getattr(getattr(model, "base_model", None), "layers", [])
-    if not layers or not all(isinstance(getattr(layer, "residual_norm", None), Residual) for layer in layers):
-        raise UserError(f"{type(model).__name__} is not a model of rezero_hf: it has no layers with a residual form.")
+    check_ours(model)
     copied = copy.deepcopy(model).to(dtype).eval().requires_grad_(False)
     copied.config.use_cache = False
     if copied._supports_sdpa:

@@ -105,7 +105,8 @@ def make_optimizer(
         optimizer: `adamw` (torch's fused one), `lamb` (the paper's for language models; from pytorch-optimizer),
             `adagrad` (the paper's for fully connected nets), `sgd` (the paper's for ResNets) or `muon` (orthogonalised
             updates for the matrices inside the layers, AdamW for everything else; from pytorch-optimizer, with the
-            scaling that makes its updates as large as AdamW's, so both share one learning rate).
+            scaling that makes its updates as large as AdamW's, so both share one learning rate). A step of `lamb` is
+            `lr` times the parameter's own norm: a gate that has left 0 hardly comes to change its sign.
         lr, weight_decay, gate_lr_multiplier: as in `parameter_groups`.
         matrix_lr_multiplier: with `muon`, the learning rate of the orthogonalised matrices is `lr` times this.
         betas, eps: of the Adam-like update.
@@ -126,7 +127,8 @@ def make_optimizer(
     from pytorch_optimizer import Lamb, Muon
 
     if optimizer == "lamb":
-        return Lamb(groups, lr=lr, betas=betas, eps=eps)
+        # Else the package divides by 1 - beta1^t what the trust ratio has sized already: a first step of ten times lr.
+        return Lamb(groups, lr=lr, betas=betas, eps=eps, adam_debias=True)
     groups = _muon_groups(groups, _outside_layers(model), lr * matrix_lr_multiplier, betas, eps)
     return Muon(groups, lr=lr, use_adjusted_lr=True)
 

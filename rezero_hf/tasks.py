@@ -2,7 +2,7 @@
 and what is measured."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from itertools import chain
@@ -22,7 +22,7 @@ from transformers import (
 from .blocks import IGNORE_INDEX, EvalBlocks, TrainBlocks, held_out_blocks
 from .data import DataConfig, prepare
 from .errors import UserError
-from .image_data import EvalImages, TrainImages, accuracy_metrics, prepare_images
+from .image_data import EvalImages, PreparedImages, TrainImages, accuracy_metrics, prepare_images
 from .labelled import STDLIB, Row, read_labelled
 from .models import (
     ReZeroForCausalLM,
@@ -280,10 +280,17 @@ def labelled_images(data: str, processor: BaseImageProcessor, cache_dir: str | N
         cache_dir: as `ImageDataConfig`'s.
 
     Raises:
-        UserError: the images cannot be had.
+        UserError: the images cannot be had, or have other channels than the processor normalises.
     """
-    look = {"mean": list(processor.image_mean), "std": list(processor.image_std), "augmentation": "none"}
-    images = prepare_images(named_images(data, **look, cache_dir=cache_dir))
+    config = named_images(data, augmentation="none", cache_dir=cache_dir)
+    images = prepare_images(config)
+    mean, std = processor.image_mean or (), processor.image_std or ()
+    if not images.channels == len(mean) == len(std):
+        raise UserError(
+            f"{data} holds images of {images.channels} channels, and the model's preprocessor_config.json has "
+            f"image_mean for {len(mean)} and image_std for {len(std)}: both need one number for each channel."
+        )
+    images = PreparedImages(images.folder, replace(config, mean=list(mean), std=list(std)))
     held_out = {split: EvalImages(images, split) for split in ("validation", "test")}
     return TaskData(
         len(images.split("train")),

@@ -1,5 +1,6 @@
 """ReZero for modules of your own: any `nn.Module` becomes a residual branch that starts switched off."""
 
+import math
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ class ReZero(nn.Module):
         for name, value in (("module", module), ("shortcut", shortcut)):
             if not isinstance(value, nn.Module) and not (value is None and name == "shortcut"):
                 raise UserError(f"{name}={value!r} is not an nn.Module: pass an instance, not its class or a function.")
+        if not isinstance(gate_init, int | float) or not math.isfinite(gate_init):
+            raise UserError(f"gate_init={gate_init!r}: must be a finite number; 0 is ReZero.")
         self.branch = module
         self.shortcut = shortcut
         self.residual_norm = RESIDUAL_FORMS["rezero"](("branch",), make_norm=nn.Identity, gate_init=gate_init)
@@ -47,8 +50,11 @@ class ReZero(nn.Module):
             place of its first element.
 
         Raises:
-            UserError: the module changed x in place, returned something else, or made another shape than the shortcut.
+            UserError: x is no tensor; or the module changed it in place, returned something else, or made another shape
+                than the shortcut.
         """
+        if not isinstance(x, torch.Tensor):
+            raise UserError(f"{type(x).__name__} is no tensor that a branch's output could be added to: pass one.")
         version = self._version(x)
         output = self.branch(x, *args, **kwargs)
         if self._version(x) != version:

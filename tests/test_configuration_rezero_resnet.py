@@ -111,6 +111,11 @@ def test_contradictions_are_refused_in_one_line(message):
     assert "\n" not in str(refusal.value.__cause__)
 
 
+def test_its_number_of_layers_is_said_by_depths():
+    with pytest.raises(ValueError, match="num_hidden_layers=3: is the sum of depths; give depths"):
+        ReZeroResNetConfig(num_hidden_layers=3)
+
+
 @pytest.mark.parametrize("wrong", [{"residual": "pre_norm"}, {"layer_type": "bottleneck"}, {"initialization": "zero"}])
 def test_an_unknown_word_is_refused(wrong):
     """A form, a layer type or an initialisation that is not offered raises and names the field."""

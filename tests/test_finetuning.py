@@ -5,6 +5,7 @@ import json
 import re
 import runpy
 import shlex
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -193,6 +194,9 @@ def test_lora_trains_adapters_and_the_head_alone_and_merges(finetune, place, ids
     torch.testing.assert_close(again(ids).logits, auto.from_pretrained(run / "model").eval()(ids).logits)
     texts = [(run / "adapter" / name).read_text() for name in ("adapter_config.json", "README.md")]
     assert not any(str(place) in text for text in texts)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    logged = [row["alpha"] for row in rows if row["event"] == "eval"][-1]
+    assert logged == {name: alpha.tolist() for name, alpha in merged.items() if name.endswith("alpha")}
     record = json.loads((run / "run.json").read_text())
     assert record["lora"] == 2 and record["gates"] == flag
     assert record["trained_parameters"] < record["parameters"] / 5
@@ -260,6 +264,7 @@ def test_from_scratch_is_the_same_network_with_other_weights(finetune, place):
         (("text", "tags.parquet", "--text-column", "tokens", "--label-column", "tags"), "sequence-classification needs strings in"),
         (("text", "rows.csv", "--task", "token-classification", "--text-column", "text", "--label-column", "label"), "needs lists of words in"),
         (("text", "digits", "--task", "image-classification"), "holds a model that reads text, and --task image-classification is about images"),
+        (("colour", "digits", "--task", "image-classification"), "digits holds images of 1 channels, and the model's preprocessor_config.json has image_mean for 3"),
         (("images", "rows.csv"), "holds a model that reads images, and --task sequence-classification is about text"),
         (("images", "digits", "--task", "image-classification", "--lora", "2"), "--lora is for language models"),
         (("no-tokenizer", "rows.csv"), "holds no tokenizer"),
@@ -291,6 +296,8 @@ def test_a_mistake_is_one_line_and_leaves_nothing(odd_places, finetune, tmp_path
 @pytest.fixture(scope="module")
 def odd_places(place, tiny_model, tokenizer):
     """Models and files beside the others that something is wrong with."""
+    shutil.copytree(place / "images", place / "colour")
+    image_processor((8, 8), [0.3] * 3, [0.4] * 3).save_pretrained(place / "colour")
     for name, rows in {
         "gaps.csv": [("a", "x"), ("b", None), ("c", "x")],
         "empty.csv": [("a", "x"), (None, "x"), ("c", "x")],

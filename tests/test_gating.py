@@ -170,6 +170,24 @@ def test_a_last_product_that_is_more_than_itself_is_called_as_it_is(tiny_model, 
     assert taken.call_count == 0
 
 
+def test_a_hook_on_all_modules_sees_the_last_product_too(tiny_model, rows):
+    seen = []
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        tiny_model(num_hidden_layers=1).train()(input_ids=rows)
+    finally:
+        handle.remove()
+    assert sum(isinstance(module, torch.nn.Linear) for module in seen) == 7
+
+
+def test_autocast_leaves_double_precision_alone(tiny_model, rows):
+    """As it does everywhere in torch."""
+    model = tiny_model(gate_init=0.5).double().train()
+    alone = model(input_ids=rows).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(input_ids=rows).logits, alone)
+
+
 @pytest.mark.parametrize("words", [{"hidden_dropout": 0.1}, {"residual": "pre_norm"}], ids=["dropout", "no gate"])
 def test_dropout_after_the_product_leaves_the_gate_on_the_output(tiny_model, rows, words):
     with products_with_gates() as taken:

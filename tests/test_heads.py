@@ -69,6 +69,8 @@ def test_token_classification_scores_every_token(tiny_model, ids):
     assert output.logits.shape == (2, 12, 5)
     expected = nn.functional.cross_entropy(output.logits.flatten(0, 1), labels.flatten())
     assert output.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    loss, logits = model(ids, labels=labels, return_dict=False)
+    assert torch.equal(loss, output.loss) and torch.equal(logits, output.logits)
 
 
 def test_question_answering_scores_start_and_end(tiny_model, ids):

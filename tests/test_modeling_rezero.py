@@ -420,13 +420,16 @@ def test_dropout_is_where_the_authors_have_it(tiny_model, ids, monkeypatch):
 @pytest.mark.parametrize("field", ["embedding_dropout", "attention_dropout", "hidden_dropout"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_every_dropout_works_in_training_only(tiny_model, ids, field, attention):
-    """In training each makes two passes differ, with the right mean; in eval the logits are those without it."""
+    """In training each makes two passes differ; in eval the logits are those without it, unless it is switched on alone."""
     model, without = tiny_model(**{field: 0.4}), tiny_model()
     model.set_attn_implementation(attention)
     without.set_attn_implementation(attention)
     assert torch.equal(model(ids).logits, without(ids).logits)
     model.train()
     assert not torch.equal(model(ids).logits, model(ids).logits)
+    model.eval()
+    alone = [module.train() for module in model.modules() if isinstance(module, torch.nn.Dropout)]
+    assert alone and torch.equal(model(ids).logits, model(ids).logits) == (field == "attention_dropout")
 
 
 def test_a_missing_gate_is_closed_and_said_so(tiny_model, tmp_path):

@@ -91,6 +91,22 @@ def test_each_optimiser_lowers_the_loss_and_moves_gates_from_zero(optimizer):
     assert all(alpha.abs().item() > 1e-4 for alpha in gates(model).values())
 
 
+def test_a_step_of_lamb_is_lr_times_the_norm_from_the_first_on():
+    """arXiv 1904.00962, and a gate at 0, which has no norm, moves as far as uncorrected Adam."""
+    torch.manual_seed(0)
+    model = ReZeroForCausalLM(ReZeroConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2))
+    optim = make_optimizer(model, "lamb", lr=1e-2)
+    head, alpha = model.lm_head.weight, model.model.layers[1].residual_norm.alpha
+    for _ in range(3):
+        before, gate = head.detach().clone(), alpha.item()
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optim.step()
+        torch.testing.assert_close((head - before).norm(), 1e-2 * before.norm(), rtol=1e-3, atol=0.0)
+        moved = 1e-2 * (abs(gate) or 0.1 / 0.001**0.5)
+        assert gate - alpha.item() == pytest.approx(moved, rel=1e-3)
+
+
 def test_zero_gradients_and_strong_decay_leave_gates_alone():
     """Decay 10 with zero gradients moves the matrices and not one gate, with every optimiser."""
     for optimizer in get_args(OptimizerName):

@@ -3,9 +3,8 @@
 import math
 from itertools import pairwise
 
-import pytest
 import torch
-from test_modeling_rezero_resnet import IMAGES, KINDS, switched_on
+from test_modeling_rezero_resnet import IMAGES, every_kind, switched_on
 from torch.nn import functional as F
 
 
@@ -88,12 +87,22 @@ def fixup_preact_layer(x, w, join, channels, stride):
     return z + (conv(first, w, "shortcut", stride) if "shortcut.weight" in w else x)
 
 
+def fixup_bottleneck_layer(x, w, join, channels, stride):
+    """And around a bottleneck's three."""
+    first = (x + w["entry.norm.bias"]).relu() + w["entry.shift.bias"]
+    z = (conv(first, w, "branch.conv1") + w["branch.act1.norm.bias"]).relu()
+    z = (conv(z + w["branch.act1.shift.bias"], w, "branch.conv2", stride) + w["branch.act2.norm.bias"]).relu()
+    z = conv(z + w["branch.act2.shift.bias"], w, "branch.conv3") * w["branch.norm.scale"] + w["branch.norm.bias"]
+    return z + (conv(first, w, "shortcut", stride) if "shortcut.weight" in w else x)
+
+
 LAYERS = {
     ("basic", "batch norm"): basic_layer,
     ("preact", "batch norm"): preact_layer,
     ("preact_bottleneck", "batch norm"): bottleneck_layer,
     ("basic", "fixup"): fixup_basic_layer,
     ("preact", "fixup"): fixup_preact_layer,
+    ("preact_bottleneck", "fixup"): fixup_bottleneck_layer,
 }
 
 
@@ -115,7 +124,7 @@ def reference(model, x):
     return pooled @ w["classifier.weight"].T + w["classifier.bias"]
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "bottleneck fixup"])
+@every_kind
 def test_a_net_is_its_equations(kind):
     """Form, gate position, norms, scalars, shortcuts, strides, pooling and head: the reference's logits."""
     model = switched_on(kind)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pack_sequence
 from transformers import Trainer
 
 from rezero_hf import ReZero, gates, parameter_groups
@@ -120,10 +121,12 @@ class Wide(nn.Module):
         (lambda: ReZero(nn.Linear(4, 1))(x()), r"^Linear made \(3, 1\) where the shortcut has \(3, 4\); pass a shortcut"),
         (lambda: ReZero(Wide())(x()), r"^Wide returned dict; ReZero joins a tensor"),
         (lambda: ReZero(nn.Sequential(nn.ReLU(inplace=True)))(x()), r"^Sequential changed its input in place"),
+        (lambda: ReZero(nn.LSTM(4, 4))(pack_sequence([x()])), r"^PackedSequence is no tensor"),
+        (lambda: ReZero(nn.ReLU(), gate_init=float("nan")), r"^gate_init=nan: must be a finite number"),
     ],
-    ids=["a class", "a function", "another shape", "no tensor", "in place"],
+    ids=["a class", "a function", "another shape", "no tensor", "in place", "packed", "nan"],
 )  # fmt: skip
 def test_what_it_cannot_wrap(make, message):
-    """A class, a function, a shape that would broadcast, a dictionary, a branch that overwrites x: one line each."""
+    """A class, a function, a shape that would broadcast, what is no tensor, a branch that overwrites x: one line each."""
     with pytest.raises(ValueError, match=message):
         make()

@@ -91,6 +91,10 @@ class ReZeroResNetConfig(PreTrainedConfig):
         """Residual layers of all stages; Transformers counts hidden states with it."""
         return sum(self.depths)
 
+    @num_hidden_layers.setter
+    def num_hidden_layers(self, value: int):
+        raise ValueError(f"num_hidden_layers={value}: is the sum of depths; give depths, the layers of each stage.")
+
     def validate_architecture(self):
         """Checks beyond types; run by `@strict` when the config is made and when it is saved."""
         self._check_sizes()

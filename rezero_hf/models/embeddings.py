@@ -34,7 +34,7 @@ class ReZeroPositionEmbedding(nn.Embedding):
 
     def forward(self, position_ids: torch.Tensor) -> torch.Tensor:
         # Reading a position would stall an accelerator and break a compiled graph: there the lookup itself fails.
-        if position_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        if position_ids.device.type == "cpu" and position_ids.numel() and not torch.compiler.is_compiling():
             last, limit = int(position_ids.max()), self.num_embeddings
             if last >= limit:
                 raise ValueError(

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
@@ -111,8 +112,8 @@ def _inner(a, b):
 
 
 def _as_products_take(x: torch.Tensor) -> torch.Tensor:
-    # Tensors without data are not of a type that torch can ask for.
-    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
+    # Tensors without data are not of a type that torch can ask for; fp64 it leaves as it is.
+    if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
         return x
     return x.to(torch.get_autocast_dtype(x.device.type))
 
@@ -130,7 +131,8 @@ def _is_plain_linear(module: nn.Module) -> bool:
 def _is_watched(module: nn.Module) -> bool:
     # The library's recorders, which stay for good once hidden states were asked for, look at what else a branch gives.
     hooks = [hook for hook in module._forward_hooks.values() if hook.__module__ != RECORDERS]
-    return bool(hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+    own = hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(own or _has_any_global_hook())
 
 
 __all__ = ["Branch", "GatedLinear", "gated"]

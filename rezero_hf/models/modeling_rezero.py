@@ -64,7 +64,7 @@ def eager_attention_forward(
 
 def dropped(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """`x` with the module's dropout, which is not called in evaluation: doing nothing takes time, too."""
-    return module.dropout(x) if module.training else x
+    return module.dropout(x) if module.dropout.training else x
 
 
 class ReZeroAttention(nn.Module):
@@ -310,7 +310,8 @@ class ReZeroModel(ReZeroPreTrainedModel):
         Args:
             input_ids: (batch, tokens). Exactly one of `input_ids` and `inputs_embeds`.
             attention_mask: (batch, tokens), 1 for real tokens and 0 for padding, or a full 4D mask. None lets
-                `position_ids` that restart mark the documents of a packed row.
+                `position_ids` that restart mark the documents of a packed row; FlashAttention, for all of the library's
+                models, tells them apart in a batch of one row only.
             position_ids: (batch, tokens); counts on from the cache by default.
             past_key_values: cache of earlier tokens; made here when `use_cache` and None.
             inputs_embeds: (batch, tokens, hidden_size), what `embed_tokens` returns: scaled rows.
@@ -541,9 +542,11 @@ class ReZeroForTokenClassification(GenericForTokenClassification, ReZeroPreTrain
         """
         words = {"position_ids": position_ids, "past_key_values": past_key_values, "inputs_embeds": inputs_embeds}
         output = super().forward(input_ids, attention_mask=attention_mask, return_dict=True, **words, **kwargs)
-        if labels is not None:
-            output.loss = self.loss_function(output.logits, labels, self.config, num_items_in_batch=num_items_in_batch)
-        return output
+        if labels is None:
+            return output
+        loss = self.loss_function(output.logits, labels, self.config, num_items_in_batch=num_items_in_batch)
+        # A new one: where a tuple is asked for, the loss is its first element.
+        return TokenClassifierOutput(**{**output, "loss": loss})
 
 
 class ReZeroForQuestionAnswering(GenericForQuestionAnswering, ReZeroPreTrainedModel):

@@ -113,7 +113,7 @@ class ReZeroMLPModel(ReZeroMLPPreTrainedModel):
 
         Args:
             pixel_values: (batch, channels, height, width), normalised as an image processor does.
-            kwargs: `output_hidden_states` returns the stream before every layer and after the last,
+            kwargs: `output_hidden_states` returns the stream before every layer and `last_hidden_state`,
                 `num_hidden_layers + 1` tensors of shape (batch, hidden_size).
 
         Raises:
@@ -132,7 +132,8 @@ class ReZeroMLPModel(ReZeroMLPPreTrainedModel):
     def _run_in_segments(self, layers: nn.ModuleList, x: torch.Tensor) -> torch.Tensor:
         """Keeps the stream at every sqrt(depth)-th layer, and what is between only when the backward pass is there.
 
-        So both are of sqrt(depth) layers, where checkpointing every layer by itself would keep the stream of all.
+        So both are of sqrt(depth) layers, where checkpointing every layer by itself would keep the stream of all. How
+        often (`every_n_layers` of the library) is therefore not a choice.
         """
         length = math.isqrt(len(layers) - 1) + 1
         for start in range(0, len(layers), length):
