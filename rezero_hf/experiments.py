@@ -22,7 +22,7 @@ from .checkpoints import newest_complete
 from .data import prepare
 from .diagnostics import signal_record
 from .durable import write_whole
-from .errors import UserError
+from .errors import UserError, refused
 from .flops import flops_per_image, flops_per_token
 from .image_data import EvalImages, TrainImages, accuracy_metrics, prepare_images
 from .opening import find, load_config
@@ -115,8 +115,7 @@ def run_experiment(
         init_from = replace(init_from, path=str(newest_complete(Path(base) / "checkpoints")[0]))
     if first is not None:
         place = folder.with_name(f"{folder.name},first")
-        # Looked at in any case: another first run would make this one another, too.
-        before = run_experiment(first, place, keep=known is None and not resumes)
+        before = _first_run(first, place, folder, anew=known is None and not resumes)
         if before["diverged"] is not None:
             return before
         init_from = replace(init_from, path=str(newest_complete(place / "checkpoints")[0]))
@@ -134,7 +133,8 @@ def run_experiment(
     # A run that goes on has its own weights, and may outlive those it began with.
     begins = _begin(InitFrom() if resumes else init_from, recipe, setting.config, args.optimizer)
     model, diverged = begins.model, None
-    trainer = ReZeroTrainer(model, args, run_dir=folder, optimizer_state=begins.optimizer_state, **setting.words)
+    with refused(f"{recipe.path}: training"):
+        trainer = ReZeroTrainer(model, args, run_dir=folder, optimizer_state=begins.optimizer_state, **setting.words)
     # The optimiser alone is to hold its state from here on.
     del begins
     probe = trainer.data_collator([trainer.train_dataset[row] for row in range(SIGNAL_ROWS)])
@@ -163,15 +163,24 @@ def run_experiment(
     if signal:
         record["signal"] = signals
     if gates_off:
-        for alpha in gates(model).values():
-            alpha.data.zero_()
-        record["gates_off"] = {} if diverged else trainer.measure(setting.held_out["validation"])
+        record["gates_off"] = {} if diverged else _with_gates_off(trainer, setting.held_out["validation"])
     write_whole(folder / RECORD, json.dumps(record) + "\n")
     if not keep:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     if first is not None:
         shutil.rmtree(place / "checkpoints", ignore_errors=True)
     return record
+
+
+def _first_run(first: Recipe, place: Path, folder: Path, anew: bool) -> dict[str, Any]:
+    """The record of the run before one in `folder`. Unless that begins `anew`, it has to be there already; and it is
+    looked at in any case: another one would make this one another, too.
+    """
+    if not anew and not (place / RECORD).exists():
+        raise UserError(
+            f"{place} is gone, which {folder} went on from: delete that folder too, or choose another --output."
+        )
+    return run_experiment(first, place, keep=anew)
 
 
 def _begin(init_from: InitFrom, recipe: Recipe, config: PreTrainedConfig, optimizer: OptimizerName) -> Beginning:
@@ -186,6 +195,13 @@ def _begin(init_from: InitFrom, recipe: Recipe, config: PreTrainedConfig, optimi
         words = {"config": config, "dtype": torch.float, "local_files_only": True, "trust_remote_code": False}
         return Beginning(load_whole(folder, model_class, called, new_head=True, **words).train())
     return begin(init_from, config, optimizer, load_tokenizer(recipe.data.tokenizer), model_class=model_class)
+
+
+def _with_gates_off(trainer: ReZeroTrainer, rows: Dataset) -> dict[str, float]:
+    """What the model measures with every alpha at 0, where it then stays."""
+    for alpha in gates(trainer.model).values():
+        alpha.data.zero_()
+    return trainer.measure(rows)
 
 
 def _course(trainer: ReZeroTrainer, seconds: float, flops: int, before: dict[str, Any]) -> dict[str, Any]:
@@ -239,7 +255,9 @@ def _finished(
     except (FileNotFoundError, ValueError):
         return None
     # Where the data lie is not what they are.
-    changed = [line for line in changed_words(known["recipe"], resolved) if not line.startswith("data.path")]
+    changed = [
+        line for line in changed_words(known["recipe"], resolved, finished=True) if not line.startswith("data.path")
+    ]
     if not changed and known["data"].get("fingerprint") != data.get("fingerprint"):
         changed = ["what data names was something else then: another Python's standard library, or other files"]
     if changed:

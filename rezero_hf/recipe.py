@@ -62,12 +62,17 @@ NOT_OURS = {
 
 # Words of `training` that say where and how a run happens and not what it computes; a resumed run may change them.
 CIRCUMSTANCES = (
-    *("per_device_*_batch_size", "gradient_accumulation_steps", "eval_accumulation_steps"),
+    *("per_device_eval_batch_size", "eval_accumulation_steps"),
     *("logging_*", "log_*", "report_to", "run_name", "project", "trackio_*", "disable_tqdm", "debug", "peak_flops"),
     *("save_*", "push_to_hub", "hub_*", "dataloader_*", "ddp_*", "fsdp*", "deepspeed", "parallelism_config"),
     *("accelerator_config", "use_cpu", "torch_compile*", "tf32"),
     *("activation_checkpointing*", "gradient_checkpointing*"),
-    *("nonfinite", "max_skipped_steps", "final_eval_blocks", "torch_empty_cache_steps", "skip_memory_metrics"),
+    *("torch_empty_cache_steps", "skip_memory_metrics"),
+)
+# Words that it may change as well, but that show in the numbers of a finished one.
+IN_ITS_NUMBERS = (
+    *("per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("nonfinite", "max_skipped_steps", "final_eval_blocks"),
 )
 
 
@@ -202,9 +207,9 @@ def load_recipe(
     # Looked at in any case, so that a typo shows whichever size is asked for.
     for size, wanted in {"full": full, "smoke": smoke}.items():
         for key, value in document[size].items():
-            if key.startswith("study."):
+            if str(key).startswith("study."):
                 continue
-            _override(document if wanted else {s: {} for s in SECTIONS}, key, value, f"{path}: {size}")
+            _override(document if wanted else {s: {} for s in SECTIONS}, str(key), value, f"{path}: {size}")
     _override_all(document, overrides)
 
     model_type = document["model"].pop("model_type", "rezero")
@@ -272,7 +277,7 @@ def script_arguments(
     return _arguments(output_dir, _training(document["training"], "training"), "training")
 
 
-def changed_words(before: str, after: str) -> list[str]:
+def changed_words(before: str, after: str, finished: bool = False) -> list[str]:
     """Where two resolved recipes differ in what a run computes, as lines `section.key: OLD -> NEW`.
 
     Words of `CIRCUMSTANCES` may differ. A word that `before` does not have was added to the package since: it had its
@@ -280,8 +285,11 @@ def changed_words(before: str, after: str) -> list[str]:
 
     Args:
         before, after: resolved recipes, as YAML.
+        finished: compare a run that is over with one to be made; else (default) one to be gone on with, which may
+            change what `IN_ITS_NUMBERS` has, too.
     """
     changed = []
+    free = CIRCUMSTANCES if finished else (*CIRCUMSTANCES, *IN_ITS_NUMBERS)
     old, new = (yaml.safe_load(text) for text in (before, after))
     family = FAMILIES[new["model"].get("model_type", "rezero")]
     for section, words in zip(SECTIONS, (*family, ReZeroTrainingArguments, InitFrom, TaskConfig), strict=True):
@@ -289,7 +297,7 @@ def changed_words(before: str, after: str) -> list[str]:
         known, given = defaults | old.get(section, {}), new.get(section, {})
         for key in sorted(old.get(section, {}).keys() | given.keys()):
             was, now = known.get(key), given.get(key)
-            circumstance = section == "training" and any(fnmatch(key, pattern) for pattern in CIRCUMSTANCES)
+            circumstance = section == "training" and any(fnmatch(key, pattern) for pattern in free)
             if was != now and not circumstance:
                 changed.append(f"{section}.{key}: {was} -> {now}")
     return changed

@@ -32,6 +32,21 @@ def checked(values: dict[str, Any], cls: type, where: str) -> dict[str, Any]:
     return found
 
 
+def made(cls: type, values: dict[str, Any], where: str) -> Any:
+    """A dataclass from what `checked` finds right, with all that it needs.
+
+    Raises:
+        RecipeError: one line that says what is wrong or missing.
+    """
+    if not isinstance(values, dict):
+        raise RecipeError(f"{where}: is not a mapping of keys to values.")
+    for field in dataclasses.fields(cls):
+        needed = field.default is field.default_factory is dataclasses.MISSING
+        if needed and field.name not in values:
+            raise RecipeError(f"{where}: {field.name} is missing.")
+    return cls(**checked(values, cls, where))
+
+
 def _as_meant(value: Any, members: tuple) -> Any:
     """Undo two readings of YAML: a whole number where only a float is due, and `no` where only a word is."""
     if isinstance(value, int) and not isinstance(value, bool) and float in members and int not in members:

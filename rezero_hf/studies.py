@@ -1,14 +1,16 @@
 """Many runs that make one table or figure of the paper: rows, what each is tuned over, and seeds.
 
-A recipe's section `study` says what differs between rows. Every row is tuned over the same grid by the same rule on
-held-out validation text, and only what that chose is run with further seeds, so no row has had more attempts than its
-own difficulty asked for. Runs are independent: they go on `jobs` at a time, and finished ones are never repeated.
+A recipe's section `study` says what differs between rows. Every row is tuned by the same rule on held-out validation
+data, over the study's grid and what the row itself needs besides (post-norm its warm-up), and only what that chose is
+run with further seeds. Runs are independent: they go on `jobs` at a time, and finished ones are never repeated.
 """
 
+import json
 import math
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing import get_context, parent_process
@@ -20,8 +22,9 @@ import torch
 from filelock import FileLock, Timeout
 
 from .errors import UserError
-from .experiments import run_experiment
+from .experiments import RECORD, run_experiment
 from .launching import end_with_parent
+from .markdown import join
 from .recipe import load_recipe
 from .strict import RecipeError
 from .study_plan import METRICS, Cell, Study, overrides_of, short
@@ -53,10 +56,11 @@ def run_study(
 
     Returns:
         Cell name -> its runs (`experiments.run_experiment`), each with `set` (what it was tuned to), the chosen ones
-        first, marked `chosen`, in the order of seeds.
+        first, marked `chosen`, in the order of seeds; and `bases/NAME` -> the one run of each base.
 
     Raises:
-        UserError: a recipe cannot be run, or another process runs a study in the same folder.
+        UserError: a recipe cannot be run, another process runs a study in the same folder, a base is gone that rows
+            began from, or a run was killed.
     """
     cells = [cell for cell in study.cells() if only in (None, cell.row)]
     threads, bases = max(1, torch.get_num_threads() // jobs), Path(folder) / "bases"
@@ -67,6 +71,13 @@ def run_study(
     for text in overrides:
         if (key := text.partition("=")[0].strip()) in ours:
             raise RecipeError(f"override {text!r}: {key} is what the study varies; change it in {path}.")
+    for name in study.bases:
+        began = [cell.name for cell in cells if study.base_of(cell) == name and (Path(folder) / cell.name).exists()]
+        if began and not (bases / name / RECORD).exists():
+            raise UserError(
+                f"{bases / name} is gone, which {join(began)} in {folder} began from: delete those folders too, or "
+                "choose another --output."
+            )
     with (
         _alone_in(Path(folder)),
         ProcessPoolExecutor(jobs, spawn, initializer=_start_worker, initargs=(threads, stopping)) as pool,
@@ -87,15 +98,16 @@ def run_study(
             return pool.submit(_run, str(path), said, None, str(bases / name), **words, keep=True)
 
         try:
-            made = {name: make(name) for name in study.bases if name in map(study.base_of, cells)}
-            for name, future in made.items():
-                if diverged := future.result()["diverged"]:
-                    raise UserError(f"{path}: study.bases.{name}: {diverged}")
-                tell(f"base {name}  ({future.result()['training_seconds']:.0f} s)")
+            making = {name: make(name) for name in study.bases if name in map(study.base_of, cells)}
+            made = {name: future.result() for name, future in making.items()}
+            for name, record in made.items():
+                if record["diverged"]:
+                    raise UserError(f"{path}: study.bases.{name}: {record['diverged']}")
+                tell(f"base {name}: {record['results']['validation']}  ({record['training_seconds']:.0f} s)")
             tuned = {tuners.submit(tune, study, cell, partial(start, cell), tell): cell.name for cell in cells}
             for future in as_completed(tuned):
                 future.result()
-        except BaseException:
+        except BaseException as error:
             workers = list((pool._processes or {}).values())
             # A run that trains saves when it is told to end; the next ones are with the workers already.
             stopping.set()
@@ -103,8 +115,14 @@ def run_study(
             # What runs now would else go on to its end, which may be hours away.
             for worker in workers:
                 worker.terminate()
+            if isinstance(error, BrokenProcessPool):
+                raise UserError(
+                    f"{folder}: a run was killed, most likely for the memory it took: lower --jobs, now {jobs}. The "
+                    "same command goes on."
+                ) from error
             raise
-        return {name: future.result() for future, name in tuned.items()}
+        found = {name: future.result() for future, name in tuned.items()}
+        return found | {f"bases/{name}": [record] for name, record in made.items()}
 
 
 @contextmanager
@@ -138,21 +156,23 @@ def tune(
     Returns:
         The cell's runs, as `run_study` returns them.
     """
-    runs: dict[tuple, dict[str, Any]] = {}
+    runs: dict[tuple[str, int], dict[str, Any]] = {}
     # Word -> values added below and above, over all sweeps.
     extended: dict[str, dict[int, int]] = {}
 
     def all_of(settings: list[dict[str, Any]], seeds: list[int]) -> list[dict[str, Any]]:
-        keys = [(tuple(setting.items()), seed) for setting in settings for seed in seeds]
-        started = {key: start(dict(key[0]), key[1]) for key in dict.fromkeys(keys) if key not in runs}
-        for (setting, seed), future in started.items():
-            runs[(setting, seed)] = {**future.result(), "set": dict(setting)}
-            tell(_line(study, cell, runs[(setting, seed)]))
-        return [runs[key] for key in keys]
+        # As text, because a value may be a list.
+        asked = {(json.dumps(setting), seed): setting for setting in settings for seed in seeds}
+        started = {key: start(setting, key[1]) for key, setting in asked.items() if key not in runs}
+        for key, future in started.items():
+            runs[key] = {**future.result(), "set": asked[key]}
+            tell(_line(study, cell, runs[key]))
+        return [runs[json.dumps(setting), seed] for setting in settings for seed in seeds]
 
     def best_of(key: str, values: list[Any], others: dict[str, Any]) -> tuple[list[Any], Any]:
         values, added = list(values), extended.setdefault(key, {0: 0, -1: 0})
-        number = len(values) > 1 and all(isinstance(value, int | float) and value >= 0 for value in values)
+        number = len(values) > 1 and all(type(value) in (int, float) and value >= 0 for value in values)
+        whole = all(type(value) is int for value in values)
         while True:
             found = all_of([{**others, key: value} for value in values], study.seeds[:1])
             scores = [score(run, study.metric) for run in found]
@@ -165,9 +185,13 @@ def tune(
                 return values, values[place]
             added[edge] += 1
             ratio = values[-1] / values[-2] if values[-2] else 2.0
-            values = [_rounded(values[0] / ratio), *values] if edge == 0 else [*values, _rounded(values[-1] * ratio)]
+            beyond = values[0] / ratio if edge == 0 else values[-1] * ratio
+            beyond = max(1, round(beyond)) if whole else float(f"{beyond:.6g}")
+            if beyond in values:
+                return values, values[place]
+            values = [beyond, *values] if edge == 0 else [*values, beyond]
 
-    words = {key: values for key, values in {**study.search, **cell.spec.search}.items() if key not in cell.spec.set}
+    words = study.tuned(cell)
     best = {key: values[0] for key, values in words.items()}
     before = None
     while best != before:
@@ -218,7 +242,3 @@ def _run(
 def _leave_if_over() -> None:
     if _run.stopping.is_set() or not parent_process().is_alive():
         os._exit(143)
-
-
-def _rounded(number: float) -> float:
-    return float(f"{number:.6g}")

@@ -68,12 +68,15 @@ def draw(result: dict[str, Any], folder: str | Path) -> list[Path]:
 
 
 def curves(rows: list[dict[str, Any]], metric: str, path: str | Path) -> Path:
-    """Mean over seeds and the range of the seeds, against steps and against seconds of training.
+    """Mean over seeds and the range of the seeds, against steps and, where steps were timed, against seconds.
 
-    Where rows begin with another run's model, steps are of several kinds, and FLOP takes their place.
+    Where rows begin with another run's model, steps are of several kinds, and FLOP takes their place. The runs' own
+    clocks are not shown: what else a machine did would look like a difference between rows.
     """
-    figure, axes = new_figure(4.8, 2, sharex=False)
-    spent = "flops" if any(row.get("first") for row in rows) else "step"
+    timed = all(row["step_seconds"] for row in rows)
+    figure, axes = new_figure(4.8, 2 if timed else 1, sharex=False)
+    axes = np.atleast_1d(axes)
+    spent = "flops" if any(row["first"] for row in rows) else "step"
     shown: list[float] = []
     for number, row in enumerate(rows):
         look = _line(number)
@@ -84,11 +87,9 @@ def curves(rows: list[dict[str, Any]], metric: str, path: str | Path) -> Path:
         if not runs:
             axes[0].plot([], [], **look, label=label)
             continue
-        for ax, key in zip(axes, (spent, "training_seconds"), strict=True):
+        for ax, key, unit in zip(axes, (spent, "step"), (1, row["step_seconds"]), strict=False):
             length = min(map(len, runs))
-            at = [fmean(points[place][key] for points in runs) for place in range(length)]
-            if key == "training_seconds" and row["step_seconds"]:
-                at = [points["step"] * row["step_seconds"] for points in runs[0][:length]]
+            at = [unit * fmean(points[place][key] for points in runs) for place in range(length)]
             values = np.array([[points[place][metric] for points in runs] for place in range(length)])
             ax.plot(at, values.mean(1), **look, linewidth=1.7, label=label)
             if not whole:
@@ -98,7 +99,7 @@ def curves(rows: list[dict[str, Any]], metric: str, path: str | Path) -> Path:
     if rows[0]["target"] is not None:
         for ax in axes:
             ax.axhline(rows[0]["target"], color="black", linewidth=0.8, linestyle=":")
-    for ax, label in zip(axes, ("FLOP" if spent == "flops" else "step", "seconds of training"), strict=True):
+    for ax, label in zip(axes, ("FLOP" if spent == "flops" else "step", "seconds of training"), strict=False):
         ax.set_xlabel(label)
         ax.xaxis.set_major_locator(whole_ticks(5))
         ax.xaxis.set_major_formatter("{x:.3g}" if label == "FLOP" else _counted)
@@ -116,12 +117,16 @@ def curves(rows: list[dict[str, Any]], metric: str, path: str | Path) -> Path:
 
 
 def bars(rows: list[dict[str, Any]], metric: str, path: str | Path) -> Path:
-    """Steps to the target, a bar a row, a dot a seed; rows that never arrive say so."""
+    """Steps to the target, a bar a row, a dot a seed; rows that never arrive say so, and ≤ those that were there when
+    they were first measured."""
     rows = rows[::-1]
     figure, ax = new_figure(1.2 + 0.5 * len(rows))
     for place, row in enumerate(rows):
-        reached = [run["to_target"]["steps"] for run in row["runs"] if run["to_target"] is not None]
+        there = [run["to_target"] for run in row["runs"] if run["to_target"] is not None and not run["diverged"]]
+        reached = [found["steps"] for found in there]
         if reached:
+            if any("within" in found for found in there):
+                ax.annotate("≤", (max(reached), place), (5, 0), textcoords="offset points", va="center")
             whole = len(reached) == len(row["runs"])
             ax.barh(place, fmean(reached), color=BLUE if whole else "#BBBBBB", alpha=0.75, height=0.6)
             ax.plot(reached, [place] * len(reached), "o", color="black", markersize=3.5)
@@ -163,13 +168,16 @@ def depths(result: dict[str, Any], path: str | Path) -> Path:
     ax.set_xlabel(key)
     ax.set_ylabel(f"validation at the end, {UNITS[result['metric']]}")
     if shown and METRICS[result["metric"]]:
-        # What goes nowhere would flatten all others: it leaves the picture at the top, with an arrow.
+        # What goes nowhere would flatten all others: it leaves the picture at the top, with an arrow and its value.
         cap = 2.5 * min(shown)
         log_ticks(ax, [value for value in shown if value <= cap])
         for line in ax.get_lines():
-            high = [x for x, y in zip(*line.get_data(), strict=True) if y > cap]
             place = ax.get_xaxis_transform()
-            ax.plot(high, [0.9] * len(high), "^", color=line.get_color(), transform=place, markersize=7)
+            for x, y in zip(*line.get_data(), strict=True):
+                if y > cap:
+                    ax.plot([x], [0.9], "^", color=line.get_color(), transform=place, markersize=7)
+                    words = {"color": line.get_color(), "fontsize": 8, "ha": "center", "va": "bottom"}
+                    ax.annotate(f"{y:.3g}", (x, 0.9), (0, 5), xycoords=place, textcoords="offset points", **words)
     ax.grid(axis="y", color="#DDDDDD", linewidth=0.8)
     _legend(figure, ax)
     return save(figure, path)

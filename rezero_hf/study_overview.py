@@ -14,11 +14,11 @@ from .study_results import places, result_name
 from .study_tables import UNITS, baseline_of, diverged, lossy, reach, spectrum, speed_up, spread, values
 
 
-OF_THE_PAPER = ("paper", "recipe", "reported for ReZero", "ReZero here", "best other row", "seeds, device", "figure")
-BEYOND = ("question", "recipe", "what it is about", "the paper's ReZero", "best other row", "seeds, device", "figure")
+OF_THE_PAPER = ("paper", "recipe", "reported for ReZero", "ReZero here", "against", "seeds, device", "figure")
+BEYOND = ("question", "recipe", "what it is about", "the paper's ReZero", "against", "seeds, device", "figure")
 SIGNALS = (
-    "chi is the mean squared singular value of the input-output Jacobian: 1 where signals pass unchanged. The other "
-    "row is the one whose chi is nearest to 1 at the start."
+    "chi is the mean squared singular value of the input-output Jacobian: 1 where signals pass unchanged. Against "
+    "is the row whose chi is nearest to 1 at the start."
 )
 
 
@@ -75,7 +75,8 @@ def _line(result: dict[str, Any]) -> list[str]:
 
 
 def _compared(result: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None, dict[str, Any] | None]:
-    """At the last value of `across`: the row that a study is about, the best other one, and the paper's form of it."""
+    """At the last value of `across`: the row that a study is about, what it is against (the row that the study names,
+    else the best of the others), and the paper's form of it."""
     rows = list(places(result).values())[-1]
     ours = next((row for row in rows if row["row"] == result["ours"]), rows[-1])
     as_in_paper = next((row for row in rows if row is not ours and row["row"] == "rezero"), None)
@@ -88,7 +89,8 @@ def _compared(result: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | 
         mean = fmean(run["value"] for run in row["runs"] if run["value"] is not None)
         return mean if METRICS[result["metric"]] else -mean
 
-    return ours, min(others, key=rank, default=None), as_in_paper
+    named = next((row for row in others if row["row"] == result["against"]), None)
+    return ours, named or min(others, key=rank, default=None), as_in_paper
 
 
 def _where(result: dict[str, Any]) -> str:
@@ -131,9 +133,11 @@ def _reached(result: dict[str, Any], row: dict[str, Any]) -> str:
     runs, form, unit = row["runs"], "{:.0f}", "steps"
     if epochs and of_images:
         runs, form, unit = [_in_epochs(run, epochs) for run in runs], "{:.1f}", "epochs"
-    seconds = f" and {reach(runs, 'seconds', '{:.3g}')} s" if row["step_seconds"] else ""
-    ratio = speed_up(row, baseline_of(result, row))
-    return f"; {target} after {reach(runs, 'steps', form)} {unit}{seconds}" + (f", {ratio}" if ratio else "")
+    seconds = f", {reach(runs, 'seconds', '{:.3g}')} s" if row["step_seconds"] else ""
+    base = baseline_of(result, row)
+    ratio = "" if base is row else speed_up(row, base)
+    than = f" ({ratio} fewer than {base['label']})" if ratio else ""
+    return f"; {target} after {reach(runs, 'steps', form)} {unit}{than}{seconds}"
 
 
 def _in_epochs(run: dict[str, Any], epochs: float) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import yaml
 
-from .recipe import SECTIONS, load_recipe, read_yaml
-from .strict import RecipeError, check_names, checked
+from .recipe import SECTIONS, SIZES, load_recipe, read_yaml
+from .strict import RecipeError, check_names, checked, made
 
 
 # Metric -> whether less of it is better.
@@ -23,7 +23,7 @@ class Row:
     Args:
         label: what the table calls it.
         set: dotted overrides that make it, `section.key` -> value. A word that is set is not tuned.
-        search: words tuned for this row alone, besides the study's: `section.key` -> values to try.
+        search: words tuned for this row alone, or with other values than the study's: `section.key` -> values to try.
         first: what makes a run before it of the recipe, as `set` makes the row: `section.key` -> value. It is tuned to
             the same words and has the same seed; the row goes on with its model, its optimiser's state and its data
             (`init_from.path` is filled in, `init_from.grow_to` may be set), and its cost is the row's. Empty (default):
@@ -54,6 +54,7 @@ class Study:
         seeds: the first is tuned with, all are run with what was chosen.
         baseline: the row that speed-ups are against.
         ours: the row that the README's line is about.
+        against: the row that it is held against there. None: the best of the others.
         target: a value of the metric; steps and seconds to reach it are compared. None compares ends alone, unless
         target_at: the share of the baseline's steps at which the target is read off the baseline's mean curve.
         signal: record how signals travel, too (`diagnostics.signal_record`).
@@ -73,6 +74,7 @@ class Study:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     baseline: str | None = None
     ours: str = "rezero"
+    against: str | None = None
     target: float | None = None
     target_at: float | None = None
     signal: bool = False
@@ -89,6 +91,10 @@ class Study:
         """Which of the bases a cell's runs begin from, if any."""
         name = cell.spec.set.get("init_from.path")
         return name if name in self.bases else None
+
+    def tuned(self, cell: "Cell") -> dict[str, list[Any]]:
+        """What a cell is tuned over: the study's grid and its row's own, but for what the row sets."""
+        return {key: values for key, values in {**self.search, **cell.spec.search}.items() if key not in cell.spec.set}
 
     def words(self) -> set[str]:
         """All that rows differ in or are tuned over."""
@@ -157,20 +163,23 @@ def load_study(path: str | Path, size: str = "cpu") -> Study:
     section = document.get("study")
     if not isinstance(section, dict) or not isinstance(section.get("rows"), dict):
         raise RecipeError(f"{path}: is one run (scripts/pretrain.py), not a study: it has no section study with rows.")
-    sized = {key: value for key, value in (document.get(size) or {}).items() if key.startswith("study.")}
-    section |= {key.removeprefix("study."): value for key, value in sized.items()}
-    rows = {
-        name: Row(**checked(spec or {}, Row, f"{path}: study.rows.{name}")) for name, spec in section["rows"].items()
-    }
-    study = Study(**{**checked({**section, "rows": rows}, Study, f"{path}: study"), "rows": rows})
-    tuned = {**study.search, **{key: found for row in rows.values() for key, found in row.search.items()}}
-    for word, found in {"rows": rows, "seeds": study.seeds, **tuned}.items():
-        if not found:
-            raise RecipeError(f"{path}: study: {word} is empty.")
-    if study.baseline is not None:
-        check_names([study.baseline], study.rows, f"{path}: study.baseline")
-    if "ours" in section:
-        check_names([study.ours], study.rows, f"{path}: study.ours")
+    for other in SIZES:
+        # Looked at in any case, so that a typo shows whichever size is asked for.
+        of_study = {str(key): value for key, value in (document.get(other) or {}).items()}
+        sized = {key.removeprefix("study."): v for key, v in of_study.items() if key.startswith("study.")}
+        checked(sized, Study, f"{path}: {other}.study")
+        section |= sized if other == size else {}
+    rows = {name: made(Row, spec or {}, f"{path}: study.rows.{name}") for name, spec in section["rows"].items()}
+    study = made(Study, {**section, "rows": rows}, f"{path}: study")
+    tuned = [*study.search.items(), *itertools.chain(*(row.search.items() for row in rows.values()))]
+    for word, found in [("rows", rows), ("seeds", study.seeds), *study.across.items(), *tuned]:
+        if not found or not isinstance(found, list | dict):
+            raise RecipeError(f"{path}: study: {word}={found!r}: needs a list with at least one entry.")
+    if len(set(study.seeds)) < len(study.seeds):
+        raise RecipeError(f"{path}: study.seeds={study.seeds}: one twice would make the spread too small.")
+    for word in ("baseline", "ours", "against"):
+        if section.get(word) is not None:
+            check_names([section[word]], study.rows, f"{path}: study.{word}")
     if len(study.across) > 1:
         raise RecipeError(f"{path}: study.across has {len(study.across)} keys; a table has one.")
     if study.baseline is not None and any(row.first for row in rows.values()):
@@ -183,8 +192,8 @@ def load_study(path: str | Path, size: str = "cpu") -> Study:
         raise RecipeError(f"{path}: study.baseline times steps, which differ with the rows of a task; leave it out.")
     for key in study.words():
         check_names([key.partition(".")[0]], SECTIONS, f"{path}: study: {key!r}: section")
-    # A typo in a row shows before the first hour of training.
-    for words in study.bases.values():
+    # A typo in a row, or in what is tried, shows before the first hour of training.
+    for words in (*study.bases.values(), *({key: value} for key, found in tuned for value in found)):
         load_recipe(path, overrides_of(words))
     for cell in study.cells():
         if study.bases and "init_from.path" in cell.spec.set:

@@ -3,13 +3,20 @@
 import math
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import numpy as np
+import yaml
 
-from .study_plan import METRICS, Cell, Study
+from .recipe import FAMILIES, changed_words, load_recipe
+from .study_plan import METRICS, Cell, Study, load_study
 from .traces import scrub
+
+
+# What a result keeps of the study itself.
+WORDS = ("item", "metric", "baseline", "seeds", "search", "target", "target_at", "toy", "ours", "against", "note")
 
 
 def summarise(
@@ -43,10 +50,13 @@ def summarise(
             run["to_target"] = reached = first_at(run["curve"], study.metric, row["target"])
             if reached and row["step_seconds"]:
                 reached["seconds"] = reached["steps"] * row["step_seconds"]
-    every = [run for cell in cells for run in runs[cell.name]]
-    about = {
-        word: getattr(study, word)
-        for word in ("item", "metric", "baseline", "seeds", "search", "target_at", "toy", "ours", "bases", "note")
+    bases = {name: runs[f"bases/{name}"][0] for name in study.bases if f"bases/{name}" in runs}
+    every = [run for cell in cells for run in runs[cell.name]] + [*bases.values()]
+    about = {word: getattr(study, word) for word in WORDS}
+    about["bases"] = {
+        name: {"set": study.bases[name], "value": _value(run, study.metric)}
+        | {word: run[word] for word in ("results", "steps", "flops", "training_seconds", "seed")}
+        for name, run in bases.items()
     }
     about |= {word: every[0][word] for word in ("command", "recipe", "data")}
     # Runs of several sittings may differ in these.
@@ -54,6 +64,39 @@ def summarise(
     result = {"name": name, "size": size, **about, "finished": max(run["finished"] for run in every)}
     result["training_seconds"] = round(sum(run["training_seconds"] for run in every))
     return scrub({**result, "complete": len(cells) == len(study.cells()), "rows": rows})
+
+
+def strayed(result: dict[str, Any], path: str | Path) -> list[str]:
+    """Where a recipe says something else now than what a result was made of, as lines; none if it would be made again.
+
+    Args:
+        result: `summarise`'s.
+        path: of the recipe.
+    """
+    study = load_study(path, result["size"])
+    # The others are about how it is told.
+    decide = ("metric", "baseline", "seeds", "search", "target", "target_at", "toy")
+    was = {word: result[word] for word in decide}
+    was["bases"] = {name: made["set"] for name, made in result["bases"].items()}
+    now = {word: getattr(study, word) for word in was}
+    changed = [f"study.{word}: {was[word]} -> {now[word]}" for word in was if was[word] != now[word]]
+    cells = study.cells()
+    there = [(row["row"], row["set"], row["first"], row["at"]) for row in result["rows"]]
+    if there != [(cell.row, cell.spec.set, cell.spec.first, cell.at) for cell in cells]:
+        return [*changed, "study.rows: others, or other words in them"]
+    for cell, row in zip(cells, result["rows"], strict=True):
+        for key, values in study.tuned(cell).items():
+            tried = [run["set"].get(key) for run in row["tried"]]
+            changed += [f"study.rows.{cell.row}: {key}: {one} was not tried" for one in values if one not in tried]
+    first = result["rows"][0]
+    setting = {**first["chosen"], "training.seed": study.seeds[0]}
+    recipe = load_recipe(path, cells[0].overrides(setting), full=result["size"] == "full")
+    known = yaml.safe_load(result["recipe"])["model"]
+    known.pop("model_type", None)
+    # What follows from the data has to be as it was.
+    config = FAMILIES[recipe.model_type][0](**{**known, **recipe.model})
+    lines = changed_words(result["recipe"], recipe.resolved(config), finished=True)
+    return [*changed, *(line for line in lines if not line.startswith("data.path"))]
 
 
 def result_name(result: dict[str, Any]) -> str:

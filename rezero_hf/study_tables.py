@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Iterable, Iterator
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 from typing import Any
 
 from .diagnostics import zeros_are_resolved
@@ -14,11 +14,7 @@ from .study_results import ahead_from, place_of, places, result_name
 
 CARD = """# {item}
 
-Mean and standard deviation over seeds, on validation data unless said otherwise. {timed}Seconds are of training, on
-cores that other runs may have shared. What the paper or its authors' notebooks report is quoted and was not checked
-against the paper; it is of another size, so only the order of rows compares.
-
-{tuning}{grown}{begun}{note}
+{read}
 
 {table}
 
@@ -28,22 +24,36 @@ against the paper; it is of another size, so only the order of rows compares.
 
 Made from `model_cards/results/{source}` by `scripts/report.py`, like every number here.
 """
-TUNED = '{rows} tuned by the same rule on the first seed; "edge" marks a word whose best value is the last tried.'
+SPREAD = "Mean and standard deviation over seeds, on validation data unless said otherwise."
 TIMED = (
-    "Milliseconds a step are medians, all rows by turns in one process (on a CPU, one thread); seconds to a target are "
-    "its steps times that, and ≤ marks a target that was passed before the first evaluation.\n"
+    "Milliseconds a step are medians, all rows by turns in one process (on a CPU, of one thread's own time); seconds "
+    "are steps times that. Rows that compute the same differ by a few percent there, so less than that is none."
+)
+NOT_TIMED = "Seconds are medians of training, on a machine that other runs may have shared: they hardly compare."
+AIMED = (
+    "The target {target}; a speed-up is how many times fewer steps than {baseline} a row takes to it, and ≤ marks one "
+    "that was passed before the first evaluation."
+)
+REPORTED = (
+    "What the paper or its authors' notebooks report is quoted and was not checked against the paper; it is of another "
+    "size, so only the order of rows compares."
+)
+SIGNAL = (
+    "chi is the mean squared singular value of the input-output Jacobian, 1 where signals pass unchanged; lost is the "
+    "share of singular values that are 0."
+)
+TUNED = '{rows} tuned by the same rule on the first seed; "edge" marks a word whose best value is the last tried.'
+NOT_TUNED = "Rows were not tuned and differ in their form alone: do not compare where they end."
+GROWN = "FLOP and seconds of a row that began with another run's model include that run's."
+BEGUN = (
+    "A row that begins from a base begins with the model of a run made once, whose FLOP and seconds are not the row's: "
+    "{bases}. Bases were not tuned, and have one seed: the spread over seeds is of what came after, and a difference "
+    "between rows from two bases may be one between their rates."
 )
 LEADS = (
     "From when on {label} is ahead for good, at equal steps and at equal times "
     '("always": from the first evaluation on):'
 )
-GROWN = " FLOP and seconds of a row that began with another run's model include that run's."
-BEGUN = (
-    " A row that begins from a base begins with the model of a run made once, whose FLOP and seconds are not the "
-    "row's: {bases}. Bases were not tuned, and have one seed: the spread over seeds is of what came after, and a "
-    "difference between rows from two bases may be one between their rates."
-)
-NOT_TUNED = "Rows were not tuned and differ in their form alone: do not compare where they end."
 NUMBER = re.compile(r"(\d+)")
 UNITS = {"bits_per_byte": "bits per byte", "loss": "nats", "accuracy": "accuracy"}
 
@@ -63,14 +73,18 @@ def study_table(result: dict[str, Any]) -> str:
         label = ", ".join([row["label"], *(f"{short(key)} {value}" for key, value in row["at"].items())])
         cells = [label, row["reported"] or "", values(row["runs"], "value"), values(row["runs"], "test")]
         if aimed:
+            steps = reach(row["runs"], "steps")
             cells += [
-                f"{reach(row['runs'], 'steps')} to {row['target']:.3g}" if row["target"] is not None else "",
+                f"{steps} to {row['target']:.3g}" if steps and row["target"] is not None else "",
                 speed_up(row, baseline_of(result, row)),
                 "" if row["step_seconds"] is None else f"{1000 * row['step_seconds']:.0f}",
                 reach(row["runs"], "seconds", "{:.3g}"),
             ]
-        for word, form in {"flops": "{:.2g}", "training_seconds": "{:.0f}"}.items():
-            cells.append(form.format(fmean(run[word] for run in finished)) if finished else "")
+        cells.append(f"{fmean(run['flops'] for run in finished):.2g}" if finished else "")
+        step = row["step_seconds"]
+        took = [run["steps"] * step if step else run["training_seconds"] for run in finished]
+        # Where one run stood still, a mean would say nothing.
+        cells.append(f"{median(took):.0f}" if took else "")
         if off:
             without = [run["gates_off"].get(result["metric"]) for run in row["runs"] if run.get("gates_off")]
             cells.append(spread(without, "{:.3f}") if without else "")
@@ -116,17 +130,10 @@ def study_card(result: dict[str, Any], figures: Iterable[str]) -> str:
         "commits": ", ".join(commits) or "unknown",
     }
     pictures = "\n\n".join(f"![{name.partition('.')[0]}](figures/{name})" for name in figures)
-    tuned = list(dict.fromkeys(row["label"] for row in result["rows"] if row["chosen"]))
-    every = all(row["chosen"] for row in result["rows"])
-    tuning = TUNED.format(rows="Every row was" if every else f"Only {', '.join(tuned)} was") if tuned else NOT_TUNED
-    timed = any(row["step_seconds"] is not None for row in result["rows"])
+    told = (" ".join(_how_to_read(result)), " ".join(_how_tuned(result)), result["note"])
     return CARD.format(
-        tuning=tuning,
-        timed=TIMED if timed else "",
-        begun=_begun(result.get("bases") or {}),
-        note=f"\n\n{note}" if (note := result.get("note")) else "",
-        grown=GROWN if any(row.get("first") for row in result["rows"]) else "",
         item=result["item"],
+        read="\n\n".join(filter(None, told)),
         table=study_table(result),
         leads=f"{leads}\n\n" if (leads := _leads(result)) else "",
         pictures=pictures,
@@ -135,13 +142,51 @@ def study_card(result: dict[str, Any], figures: Iterable[str]) -> str:
     )
 
 
+def _how_to_read(result: dict[str, Any]) -> Iterator[str]:
+    """What the numbers of a study's table are."""
+    rows = result["rows"]
+    yield SPREAD
+    yield TIMED if any(row["step_seconds"] is not None for row in rows) else NOT_TIMED
+    base = next((row for row in rows if row["row"] == result["baseline"]), None)
+    if base is not None and any(row["target"] is not None for row in rows):
+        read_off = f"is where {base['label']} stands, in the mean, at {result['target_at'] or 0:.0%} of its steps"
+        yield AIMED.format(
+            target=read_off if result["target_at"] else "was chosen before the runs", baseline=base["label"]
+        )
+    if any("signal" in run for row in rows for run in row["runs"]):
+        yield SIGNAL
+    if any(row["reported"] for row in rows):
+        yield REPORTED
+
+
+def _how_tuned(result: dict[str, Any]) -> Iterator[str]:
+    """How its rows came to their words, and to the models they begin with."""
+    tuned = list(dict.fromkeys(row["label"] for row in result["rows"] if row["chosen"]))
+    every = all(row["chosen"] for row in result["rows"])
+    yield TUNED.format(rows="Every row was" if every else f"Only {', '.join(tuned)} was") if tuned else NOT_TUNED
+    if any(row["first"] for row in result["rows"]):
+        yield GROWN
+    bases = [f"`{name}` ({_base(made, result)})" for name, made in result["bases"].items()]
+    if bases:
+        yield BEGUN.format(bases="; ".join(bases))
+
+
+def _base(made: dict[str, Any], result: dict[str, Any]) -> str:
+    """What the model that rows begin with was trained as, and what came of it on its own validation data."""
+    words = [f"{short(key)} {value}" for key, value in made["set"].items()]
+    found = made["results"]["validation"]
+    # It may have learned something else than the rows, as text before classes.
+    metric = next(word for word in (result["metric"], *UNITS) if word in found)
+    return ", ".join([*words, f"{made['training_seconds']:.0f} s, {found[metric]:.3f} {UNITS[metric]}"])
+
+
 def _leads(result: dict[str, Any]) -> str | None:
     """From when on the row that the study is about is ahead of each other row, for good."""
     parts = []
     for place, rows in places(result).items():
         ours = next((row for row in rows if row["row"] == result["ours"]), None)
-        others = [row for row in rows if row is not ours and len(row["runs"][0]["curve"]) > 2]
-        if ours is None or ours["target"] is None or not others:
+        others = [row for row in rows if row is not ours and any(len(run["curve"]) > 2 for run in row["runs"])]
+        if ours is None or ours["target"] is None or not others or not any(run["curve"] for run in ours["runs"]):
             continue
         where = "".join(f", {short(key)} {value}" for key, value in place)
         lines = [[row["label"], *_lead(ours, row, result["metric"])] for row in others]
@@ -151,7 +196,7 @@ def _leads(result: dict[str, Any]) -> str | None:
 
 
 def _lead(ours: dict[str, Any], other: dict[str, Any], metric: str) -> Iterator[str]:
-    first = min(point["step"] for point in ours["runs"][0]["curve"])
+    first = min(point["step"] for run in (*ours["runs"], *other["runs"]) for point in run["curve"])
     timed = bool(ours["step_seconds"] and other["step_seconds"])
     for seconds in (False, True):
         begin = first * (max(row["step_seconds"] for row in (ours, other)) if seconds and timed else 1)
@@ -166,14 +211,6 @@ def _lead(ours: dict[str, Any], other: dict[str, Any], metric: str) -> Iterator[
                 yield "always"
             else:
                 yield f"from {since:.3g} s on" if seconds else f"from step {since} on"
-
-
-def _begun(bases: dict[str, dict[str, Any]]) -> str:
-    """What the models that rows begin with were trained as."""
-    said = (
-        f"`{name}` ({', '.join(f'{key} {value}' for key, value in words.items())})" for name, words in bases.items()
-    )
-    return BEGUN.format(bases="; ".join(said)) if bases else ""
 
 
 def _data(data: dict[str, Any]) -> str:
@@ -209,7 +246,9 @@ def diverged(runs: list[dict[str, Any]]) -> str:
 
 
 def reach(runs: list[dict[str, Any]], word: str, form: str = "{:.0f}") -> str:
-    found = [run["to_target"] for run in runs if run["to_target"] is not None]
+    if all(run["diverged"] for run in runs):
+        return ""
+    found = [run["to_target"] for run in runs if run["to_target"] is not None and not run["diverged"]]
     if not found:
         return "never"
     within = "≤ " if _within(runs) else ""
@@ -228,7 +267,7 @@ def speed_up(row: dict[str, Any], base: dict[str, Any] | None) -> str:
     """
     means = []
     for runs in ([] if base is None else base["runs"], row["runs"]):
-        reached = [run["to_target"] for run in runs]
+        reached = [None if run["diverged"] else run["to_target"] for run in runs]
         means.append(fmean(found["steps"] for found in reached) if reached and all(reached) else math.nan)
     ratio = means[0] / means[1]
     if not math.isfinite(ratio) or (row is not base and _within(base["runs"])):

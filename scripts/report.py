@@ -12,6 +12,7 @@ import typer
 
 from rezero_hf.benchmark_report import benchmark_card, benchmark_section
 from rezero_hf.cli import run
+from rezero_hf.errors import UserError
 from rezero_hf.results import (
     collect,
     collect_result,
@@ -23,7 +24,7 @@ from rezero_hf.results import (
     with_measured,
 )
 from rezero_hf.study_overview import studies_section, study_measured
-from rezero_hf.study_results import result_name
+from rezero_hf.study_results import result_name, strayed
 from rezero_hf.study_tables import study_card
 
 
@@ -40,6 +41,10 @@ def main(
     for folder in runs or ():
         whole = (folder / "result.json").exists()
         record = collect_result(folder) if whole else collect(folder)
+        if whole and "rows" in record:
+            recipe = Path("scripts/recipes") / f"{record['name']}.yaml"
+            if lines := strayed(record, recipe):
+                raise UserError(f"{folder} is not what {recipe} makes now ({'; '.join(lines)[:300]}): run it again.")
         name = result_name(record) if whole else f"{record['name']}-seed{record['seed']}"
         text = json.dumps(record, indent=None if whole else 1)
         (results / f"{name}.json").write_text(text + "\n", encoding="utf-8")

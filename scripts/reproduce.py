@@ -9,12 +9,13 @@ What was stopped goes on with the same command: finished runs are kept.
 import json
 import shutil
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 
 from rezero_hf.cli import run
+from rezero_hf.durable import write_whole
 from rezero_hf.errors import UserError
 from rezero_hf.recipe import load_recipe
 from rezero_hf.runs import cores
@@ -51,27 +52,25 @@ def main(
     study = study.smallest() if smoke else study
     words = {"only": only, "overrides": tuple(overrides or ()), "size": size, "jobs": jobs}
     runs = run_study(recipe, study, output, **words)
-    result = summarise(plan.name, size, study, runs)
     if only is not None:
-        print(study_table(result))
+        print(study_table(summarise(plan.name, size, study, runs)))
         return
-    write(result, output)
+    times = None
     if study.baseline is not None:
         # What was chosen comes first.
         chosen = {cell.name: cell.overrides(runs[cell.name][0]["set"]) for cell in study.cells()}
         tuned = {name: load_recipe(recipe, [*said, *words["overrides"]], smoke, full) for name, said in chosen.items()}
-        result = summarise(plan.name, size, study, runs, step_times(tuned, seconds=2 if smoke else 60))
-        write(result, output)
+        times = step_times(tuned, seconds=2 if smoke else 60)
+    result = summarise(plan.name, size, study, runs, times)
     print(study_table(result))
+    # The result comes last, and is there only with all that belongs to it.
+    (output / "result.json").unlink(missing_ok=True)
     shutil.rmtree(output / "figures", ignore_errors=True)
     for picture in draw(result, output / "figures"):
         print(picture)
+    write_whole(output / "result.json", json.dumps(result, indent=1) + "\n")
     if not smoke:
         print(f"commit it with: python scripts/report.py {output}")
-
-
-def write(result: dict[str, Any], output: Path) -> None:
-    (output / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

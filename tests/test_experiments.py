@@ -222,9 +222,19 @@ def test_rows_begin_from_a_base_that_is_made_once(text_recipe, data, tmp_path, m
     ended = base["alpha"][-1]["alpha"]
     assert all(abs(value[0] - 0.5) > 1e-3 for value in ended.values())
     assert [each["alpha"] for run in runs["held"] for each in run["alpha"]] == [ended] * 3
-    assert {run["steps"] for row in runs.values() for run in row} == {6}
-    card = study_card(summarise("text", "cpu", study, runs), [])
-    assert "`base` (task.name None, training.max_steps 4, training.learning_rate 0.1)" in card
+    assert {name: [run["steps"] for run in row] for name, row in runs.items()} == {
+        "bases/base": [4],
+        "scratch": [6],
+        "held": [6],
+    }
+    result = summarise("text", "cpu", study, runs)
+    assert result["training_seconds"] == round(sum(run["training_seconds"] for row in runs.values() for run in row))
+    assert "`base` (name None, max_steps 4, learning_rate 0.1, 0 s, " in study_card(result, [])
+    shutil.rmtree(tmp_path / "runs" / "bases" / "base")
+    with pytest.raises(
+        UserError, match=r"bases/base is gone, which held in .*runs began from: delete those folders too"
+    ):
+        run_study(path, study, tmp_path / "runs", overrides=tuple(data["rezero"]))
     with pytest.raises(UserError, match=r"base 'bse' is unknown; did you mean 'base'"):
         path.write_text(path.read_text().replace('path": "base', 'path": "bse'))
         load_study(path)
@@ -276,6 +286,9 @@ def test_what_another_run_begins_from_is_kept_for_as_long_as_it_is_needed(text_r
         UserError, match=r"run,first holds a finished run with other words \(training\.max_steps: 6 -> 5"
     ):
         run_experiment(grown, place, first=text_recipe("training.max_steps=5"))
+    shutil.rmtree(tmp_path / "run,first")
+    with pytest.raises(UserError, match=r"run,first is gone, which .*run went on from: delete that folder too"):
+        run_experiment(grown, place, first=shallow)
 
 
 def test_a_study_whose_first_run_diverges_has_that_as_its_result(text_recipe, tmp_path):
@@ -331,9 +344,13 @@ def test_no_run_outlives_its_study(recipe, tmp_path, by):
     assert not (tmp_path / "runs" / "b" / "seed=0" / "metrics.jsonl").exists()
 
 
-def test_a_finished_run_of_other_data_is_not_taken_for_this_one(recipe, tmp_path):
+def test_a_finished_run_of_other_data_or_other_numbers_is_not_taken_for_this_one(recipe, tmp_path):
     run = load_recipe(recipe)
     run_experiment(run, tmp_path / "run")
+    for word in ("nonfinite=skip", "per_device_train_batch_size=8"):
+        with pytest.raises(UserError, match=rf"a finished run with other words \(training\.{word.partition('=')[0]}"):
+            run_experiment(load_recipe(recipe, [f"training.{word}"]), tmp_path / "run")
+    run_experiment(load_recipe(recipe, ["training.logging_steps=7"]), tmp_path / "run")
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     record["data"]["fingerprint"] = "another"
     (tmp_path / "run" / "run.json").write_text(json.dumps(record))
@@ -362,6 +379,11 @@ def test_a_run_that_cannot_be_made_ends_the_study_with_one_line(recipe, tmp_path
     recipe.write_text(f"{TINY}study: {{item: a test, metric: loss, seeds: [0, 1], rows: {{a: {{label: a}}}}}}\n")
     with pytest.raises(UserError, match=r"data\.path is '/nowhere'"):
         run_study(recipe, load_study(recipe), tmp_path / "runs", overrides=("data.path=/nowhere",))
+
+
+def test_arguments_that_trainer_refuses_are_one_line(recipe, tmp_path):
+    with pytest.raises(UserError, match=r"tiny\.yaml: training: .*metric_for_best_model"):
+        run_experiment(load_recipe(recipe, ["training.save_strategy=best"]), tmp_path / "run")
 
 
 def test_an_image_recipe_is_not_for_the_pretraining_script(recipe):

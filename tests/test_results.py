@@ -20,8 +20,7 @@ from rezero_hf.results import (
     with_measured,
 )
 from rezero_hf.study_overview import studies_section, study_measured
-from rezero_hf.study_plan import load_study
-from rezero_hf.study_results import result_name
+from rezero_hf.study_results import result_name, strayed
 from rezero_hf.study_tables import study_card
 
 
@@ -119,15 +118,12 @@ def test_a_clients_failure_is_shown():
 
 
 def test_a_studys_page_is_made_from_its_committed_result():
-    """And the result has every row of the recipe as it is now."""
+    """And the recipe as it is now would make that result: its rows, its words, what they are tuned over."""
     for result in committed(ROOT / "model_cards" / "results").studies:
         card = ROOT / "model_cards" / result_name(result)
         figures = [path.name for path in (card / "figures").glob("*.png")]
         assert (card / "README.md").read_text() == study_card(result, figures)
-        study = load_study(ROOT / "scripts" / "recipes" / f"{result['name']}.yaml", result["size"])
-        rows = [(row["row"], row["set"], row["at"]) for row in result["rows"]]
-        assert rows == [(cell.row, cell.spec.set, cell.at) for cell in study.cells()]
-        assert (result["seeds"], result["search"]) == (study.seeds, study.search)
+        assert strayed(result, ROOT / "scripts" / "recipes" / f"{result['name']}.yaml") == []
 
 
 def test_a_benchmarks_page_is_made_from_its_committed_result():

@@ -13,7 +13,7 @@ from rezero_hf.studies import run_study, tune
 from rezero_hf.study_figures import draw
 from rezero_hf.study_plan import Cell, Row, Study, load_study
 from rezero_hf.study_results import ahead_from, first_at, summarise
-from rezero_hf.study_tables import study_table
+from rezero_hf.study_tables import study_card, study_table
 from rezero_hf.tokenization import load_tokenizer
 
 
@@ -45,7 +45,7 @@ def record(value, seed, diverged=None, seconds=10.0):
         "git": None,
         "device": "a machine",
         "recipe": "",
-        "data": {},
+        "data": {"sources": []},
     }
 
 
@@ -109,6 +109,23 @@ def test_words_are_tuned_at_each_others_best():
     assert summarise("demo", "cpu", study, {"row": fewer})["rows"][0]["inside"] == {RATE: False, WARMUP: True}
 
 
+@pytest.mark.parametrize(
+    ("key", "values", "expected"),
+    [
+        ("training.global_batch_size", [8, 16], [4, 8, 16]),
+        ("training.warmup_steps", [1, 2], [1, 2]),
+        ("model.final_norm", [False, True], [False, True]),
+        ("training.lr_drops", [[0.5], [0.7]], [[0.5], [0.7]]),
+    ],
+)
+def test_only_a_scale_is_extended_and_a_whole_number_stays_whole(key, values, expected):
+    """Where the first is best: half a batch, but no half step, and nothing beyond a yes, a no or a list."""
+    study = Study("item", {}, search={key: values}, seeds=[0], extend=1)
+    _, started = tuned(study, Row("row"), lambda setting, seed: 2 + expected.index(setting[key]))
+    assert sorted(setting[key] for setting, _ in started) == expected
+    assert all(type(setting[key]) is type(values[0]) for setting, _ in started)
+
+
 def test_a_word_that_makes_the_row_is_not_tuned():
     study = Study("item", {}, search={RATE: [0.001, 0.002], WARMUP: [0, 10]}, seeds=[0], extend=0)
     _, started = tuned(study, Row("row", set={WARMUP: 0}), lambda setting, seed: setting[RATE])
@@ -135,6 +152,19 @@ def test_a_table_shows_spread_targets_edges_and_divergence():
     assert "| 33 ± 2 to 3.05 | 1.53x | 200 | 6.56" in lines[3]
     assert "learning_rate 2 (edge)" in lines[3]
     assert lines[4].count("diverged") == 2
+
+
+def test_a_run_that_diverged_has_not_reached_the_target():
+    """Whatever it passed on the way: no steps, no speed-up, and its page can be written, before its first evaluation too."""
+    study = Study(
+        "item", {"base": Row("base"), "lost": Row("lost")}, seeds=[0], baseline="base", target=3.0, ours="lost"
+    )
+    lost = {**record(2.0, 0, diverged="nan"), "set": {}, "chosen": True}
+    for curve in (lost["curve"], []):
+        runs = {"base": [{**record(2.0, 0), "set": {}, "chosen": True}], "lost": [{**lost, "curve": curve}]}
+        result = summarise("demo", "cpu", study, runs, {"base": 0.1, "lost": 0.1})
+        assert study_table(result).splitlines()[3].startswith("| lost |  | diverged | diverged |  |  | 100 |  |")
+        assert "# item" in study_card(result, [])
 
 
 def test_each_depth_is_held_against_its_own_baseline(tmp_path):
@@ -221,8 +251,9 @@ def flops(path, cell):
 def test_a_committed_study_is_fair_by_its_words(recipe):
     """Rows differ in what they are, in nothing else: no row sets a rate, a seed, data or a length of its own.
 
-    A rival may be tuned over more words than ReZero is, or from other values, never over fewer. Rows of several depths in turn may have lengths
-    of their own, if all of them take the same FLOP, and the same schedules.
+    Every row is tuned over the study's whole grid, from values of its own at most; a rival may be tuned over its warm-up
+    besides, and a row with gates over their rate, which is said on its page. Rows of several depths in turn may have
+    lengths of their own, if all of them take the same FLOP, and the same schedules.
     """
     study = load_study(recipe)
     if any(row.first for row in study.rows.values()):
@@ -238,6 +269,7 @@ def test_a_committed_study_is_fair_by_its_words(recipe):
         assert set(row.search) <= {"training.gate_lr_multiplier"} | (
             set() if name.startswith("rezero") else {RATE, WARMUP}
         )
+        assert all(len(values) > 1 for values in row.search.values())
     for size in ("full", "smoke"):
         if f"\n{size}:" in recipe.read_text():
             load_study(recipe, size)
@@ -256,10 +288,22 @@ def test_a_committed_study_is_fair_by_its_words(recipe):
         ("{item: x, rows: {a: {label: a, first: {model.depth: 2}}}}", "key 'depth' is unknown"),
         ("{item: x, rows: {a: {label: a, set: {init_from.grow_to: 4}}}}", "needs init_from.path"),
         ("{item: x, rows: {a: {label: a, first: {model.num_hidden_layers: 2}}}, baseline: a}", "compares steps"),
-        ("{item: x, rows: {}}", "study: rows is empty"),
-        ("{item: x, rows: {a: {label: a}}, seeds: []}", "study: seeds is empty"),
-        ("{item: x, rows: {a: {label: a}}, search: {training.learning_rate: []}}", "training.learning_rate is empty"),
+        ("{item: x, rows: {}}", "study: rows={}: needs a list with at least one entry"),
+        ("{item: x, rows: {a: {label: a}}, seeds: []}", r"study: seeds=\[\]: needs a list"),
+        ("{item: x, rows: {a: {label: a}}, seeds: [0, 0]}", r"study\.seeds=\[0, 0\]: one twice"),
+        ("{item: x, rows: {a: {label: a}}, across: {model.hidden_size: []}}", r"model.hidden_size=\[\]: needs a list"),
+        ("{item: x, rows: {a: {label: a}}, search: {training.learning_rate: []}}", r"learning_rate=\[\]: needs a list"),
+        ("{item: x, rows: {a: {label: a}}, search: {training.learning_rate: [3e-4]}}", r"write 3\.0e-4"),
+        ("{item: x, rows: {a: {label: a}}, search: {training.learning_rat: [0.1]}}", "did you mean 'learning_rate'"),
         ("{item: x, rows: {a: {label: a}}, ours: b}", r"study\.ours 'b' is unknown"),
+        ("{item: x, rows: {a: {label: a}}, against: b}", r"study\.against 'b' is unknown"),
+        ("{item: x, rows: {a: {set: {}}}}", r"study\.rows\.a: label is missing"),
+        ("{rows: {a: {label: a}}}", "study: item is missing"),
+        (
+            "{item: x, rows: {a: {label: a}}}\nfull: {study.targett: 1}",
+            "key 'targett' is unknown; did you mean 'target'",
+        ),
+        ("{item: x, rows: {a: {label: a}}}\nsmoke: {1: 2}", "smoke: '1' is not section.key"),
     ],
 )
 def test_a_mistake_in_a_study_is_one_line(tmp_path, study, message):
