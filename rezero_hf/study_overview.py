@@ -1,6 +1,5 @@
 """All studies at a glance: a line each for the README, and what a recipe's header says was measured."""
 
-import math
 from collections.abc import Collection, Iterable
 from statistics import fmean
 from typing import Any
@@ -16,10 +15,7 @@ from .study_tables import UNITS, baseline_of, diverged, lossy, reach, spectrum, 
 
 OF_THE_PAPER = ("paper", "recipe", "reported for ReZero", "ReZero here", "against", "seeds, device", "figure")
 BEYOND = ("question", "recipe", "what it is about", "the paper's ReZero", "against", "seeds, device", "figure")
-SIGNALS = (
-    "chi is the mean squared singular value of the input-output Jacobian: 1 where signals pass unchanged. Against "
-    "is the row whose chi is nearest to 1 at the start."
-)
+SIGNALS = "chi is the mean squared singular value of the input-output Jacobian: 1 where signals pass unchanged."
 
 
 def studies_section(results: Iterable[dict[str, Any]], recipes: Collection[str]) -> str:
@@ -83,9 +79,6 @@ def _compared(result: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | 
     others = [row for row in rows if row is not ours and any(run["value"] is not None for run in row["runs"])]
 
     def rank(row: dict[str, Any]) -> float:
-        if _about_signals(result):
-            chi = row["runs"][0]["signal"]["start"]["jacobian"]["chi"]
-            return abs(math.log(chi)) if chi else math.inf
         mean = fmean(run["value"] for run in row["runs"] if run["value"] is not None)
         return mean if METRICS[result["metric"]] else -mean
 
