@@ -3,6 +3,7 @@
 import functools
 import gc
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -41,7 +42,8 @@ def run(*mains: Callable) -> None:
     Args:
         mains: one function; or several, which are the script's subcommands, by their names and docstrings.
     """
-    help = sys.modules[mains[0].__module__].__doc__
+    # click joins the lines of a paragraph, unless a line of this mark alone stands above it: commands keep theirs.
+    help = re.sub(r"\n\n(?=.*\bpython scripts/)", "\n\n\b\n", sys.modules[mains[0].__module__].__doc__)
     app = typer.Typer(
         add_completion=False,
         pretty_exceptions_enable=False,

@@ -24,7 +24,7 @@ from rezero_hf.starting import SHARDS
 def main(
     checkpoint: Annotated[Path, typer.Argument(help="a folder checkpoint-N of a run")],
     output: Annotated[Path, typer.Argument(help="where to; an earlier export there is replaced")],
-    license: Annotated[str | None, typer.Option(help="of code and weights, as the Hub names it [as recorded]")] = None,
+    license: Annotated[str | None, typer.Option(help="licence of code and weights, e.g. mit [as recorded]")] = None,
 ):
     verify_checkpoint(checkpoint)
     config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)

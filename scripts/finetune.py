@@ -54,14 +54,16 @@ def main(
     task: Annotated[Name, typer.Option(help="what to learn")] = Name["sequence-classification"],
     text_column: Annotated[str | None, typer.Option("--text-column", help="[text, or tokens for tags]")] = None,
     label_column: Annotated[str | None, typer.Option("--label-column", help="[label, or tags]")] = None,
-    config_name: Annotated[str | None, typer.Option("--config-name", help="of hub: data, where it has several")] = None,
-    revision: Annotated[str | None, typer.Option(help="branch, tag or commit of hub: data")] = None,
+    config_name: Annotated[str | None, typer.Option("--config-name", help="configuration of a Hub data set")] = None,
+    revision: Annotated[str | None, typer.Option(help="branch, tag or commit of a Hub data set")] = None,
     block_size: Annotated[int, typer.Option("--block-size", min=2, help="tokens of a row at most")] = 256,
-    lora: Annotated[int | None, typer.Option(min=1, help="train adapters of this rank and the head alone")] = None,
-    gates: Annotated[Gates | None, typer.Option(help="the residual gates [trained; held with --lora]")] = None,
+    lora: Annotated[
+        int | None, typer.Option(min=1, help="train adapters of this rank and a new head (gates with --gates trained)")
+    ] = None,
+    gates: Annotated[Gates | None, typer.Option(help="train or hold the gates [trained; held with --lora]")] = None,
     from_scratch: Annotated[bool, typer.Option("--from-scratch", help="MODEL's configuration, random weights")] = False,
     output: Annotated[Path, typer.Option(help="the run's folder, new")] = Path("runs/finetuned"),
-    license: Annotated[str | None, typer.Option(help="of the model, as the Hub names it [MODEL's]")] = None,
+    license: Annotated[str | None, typer.Option(help="licence of the model, e.g. mit [MODEL's]")] = None,
     cache_dir: Annotated[str | None, typer.Option("--cache-dir", help="where prepared data live")] = None,
 ) -> None:
     check_launch()

@@ -32,7 +32,7 @@ def main(
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="write at most so many")] = 200,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token every time")] = 0.8,
     top_p: Annotated[float, typer.Option("--top-p", help="draw from the most likely tokens of this share")] = 1.0,
-    seed: Annotated[int | None, typer.Option(min=0, help="the same seed, the same text")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="fix the random draw")] = None,
 ) -> None:
     if not 0 <= temperature < float("inf"):
         raise UserError(f"--temperature {temperature}: must be a finite number, 0 or more.")

@@ -36,7 +36,7 @@ def main(
     *,
     model: Annotated[str, typer.Argument(help="a checkpoint (folder or Hub id), or a YAML recipe")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, over the recipe")] = None,
-    text: Annotated[Path, typer.Option(help="what a language model reads")] = Path(__file__),
+    text: Annotated[Path, typer.Option(help="what language models read", show_default="this script")] = Path(__file__),
     inputs: Annotated[int, typer.Option(min=1, help="pieces of text, or images")] = 4,
     tokens: Annotated[int, typer.Option(min=2, help="tokens of a piece")] = 16,
     seed: Annotated[int, typer.Option(help="of the noise and labels of images")] = 0,

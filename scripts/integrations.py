@@ -30,7 +30,7 @@ SCRIPTS = Path(__file__).resolve().parent
 # Name -> the package whose version is shown, and its file in scripts/clients/.
 CLIENTS = {
     "pipeline": ("transformers", "text_pipeline"),
-    "transformers serve": ("transformers", "serve"),
+    "rezero_hf serve": ("transformers", "serve"),
     "PEFT": ("peft", "peft_lora"),
     "TRL": ("trl", "trl_sft"),
     "lm-eval": ("lm_eval", "lm_eval_task"),

@@ -65,7 +65,7 @@ def measure(case: dict) -> dict:
 
 
 def main(
-    only: Annotated[str | None, typer.Option(help="one of the sizes")] = None,
+    only: Annotated[str | None, typer.Option(help="50m, 125m or 350m")] = None,
     heap: Annotated[bool, typer.Option("--heap", help="leave glibc as it is")] = False,
     output: Annotated[Path | None, typer.Option(help="where the numbers go as JSON")] = None,
     case: Annotated[str | None, typer.Option(hidden=True)] = None,

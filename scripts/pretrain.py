@@ -1,6 +1,6 @@
 """Pretrain a ReZero language model from a recipe, and leave a folder that can go to the Hub as it is.
 
-accelerate launch --quiet scripts/pretrain.py scripts/recipes/quickstart.yaml [training.seed=1 ...]
+python scripts/pretrain.py scripts/recipes/quickstart.yaml [training.seed=1 ...]
 
 A run that was interrupted goes on with the same command. --dry-run says what a run needs, and trains nothing.
 """

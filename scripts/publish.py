@@ -22,9 +22,9 @@ def main(
     folder: Annotated[Path, typer.Argument(help="an export (runs/NAME/model) or a training checkpoint")],
     repository: Annotated[str, typer.Argument(help="ORG/NAME on the Hub, or ORG/NAME@BRANCH")],
     push: Annotated[bool, typer.Option("--push", help="upload; without it nothing leaves this machine")] = False,
-    private: Annotated[bool | None, typer.Option(help="of a repository that does not exist yet")] = None,
-    message: Annotated[str, typer.Option(help="of the commit")] = "Publish",
-    license: Annotated[str | None, typer.Option(help="of code and weights, as the Hub names it [as recorded]")] = None,
+    private: Annotated[bool | None, typer.Option(help="make a new repository private")] = None,
+    message: Annotated[str, typer.Option(help="the commit's message")] = "Publish",
+    license: Annotated[str | None, typer.Option(help="licence of code and weights, e.g. mit [as recorded]")] = None,
     patience: Annotated[float, typer.Option(help="minutes during which a busy Hub is tried again")] = 30.0,
 ):
     if not folder.is_dir():

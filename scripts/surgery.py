@@ -91,8 +91,8 @@ def prune(
     to: Annotated[int | None, typer.Option(help="how many layers stay")] = None,
     threshold: Annotated[float | None, typer.Option(help="instead: the score up to which a layer goes")] = None,
     by: Annotated[str, typer.Option(help="update (of the stream) or loss (without that layer)")] = "update",
-    pieces: Annotated[int, typer.Option(min=1, help="of the text, from its beginning")] = 32,
-    tokens: Annotated[int, typer.Option(min=2, help="of each piece")] = 256,
+    pieces: Annotated[int, typer.Option(min=1, help="how many pieces, from the text's beginning")] = 32,
+    tokens: Annotated[int, typer.Option(min=2, help="tokens a piece")] = 256,
 ):
     """Remove the layers of a language model that hardly change its stream, or whose absence hardly raises its loss."""
     model, processor = open_folder(folder, output)

@@ -9,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import transformers
 import yaml
 from processes import run_script
 
@@ -119,6 +120,27 @@ def test_words_that_the_library_refuses_are_one_line(corpus, tmp_path, monkeypat
     assert exit.value.code == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith(f"error: {recipe}: training: `args.metric_for_best_model` must be provided")
+
+
+def test_help_shows_each_example_as_it_is_typed(monkeypatch, capsys):
+    """Also on a narrow terminal, where the text around it is wrapped."""
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr(sys, "argv", ["publish.py", "--help"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / "scripts" / "publish.py"), run_name="__main__")
+    assert "python scripts/publish.py runs/quickstart/model ORG/NAME --push" in map(
+        str.strip, capsys.readouterr().out.splitlines()
+    )
+
+
+def test_a_server_without_its_packages_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr("transformers.utils.import_utils.is_serve_available", lambda: False)
+    monkeypatch.setattr(transformers, "ReZeroForCausalLM", None, raising=False)
+    monkeypatch.setattr(sys, "argv", ["rezero_hf", "serve", "runs/quickstart/model"])
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_module("rezero_hf", run_name="__main__")
+    assert exit.value.code == 2
+    assert capsys.readouterr().err == "error: the server needs packages: pip install 'transformers[serving]'\n"
 
 
 def test_clients_are_tried_on_any_language_model(tiny_model, tokenizer, tmp_path, monkeypatch, capsys):

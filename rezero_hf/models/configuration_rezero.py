@@ -51,15 +51,13 @@ class ReZeroConfig(PreTrainedConfig):
         norm_eps (`float`, default 1e-5): added to the variance; torch's and GPT-2's value.
         final_norm (`bool`, default False): a norm between the last layer and the head. The paper has none. GPT-2 and
             Llama do: switch it on for a pre-norm baseline.
-        qk_norm (`bool`, default False): RMSNorm on each head's queries and keys. On 12-layer byte-level models it cost
-            a norm-free net with the paper's start 0.03 bits per byte (1500 steps, one seed), and gained one with F from
-            0 and alpha held 0.028 (500 steps, one seed: model_cards/LOG.md, section 14).
+        qk_norm (`bool`, default False): RMSNorm on each head's queries and keys. A 12-layer byte-level net without
+            norms, with F from 0 and alpha held, gained 0.028 bits per byte by it (500 steps, one seed:
+            model_cards/LOG.md, section 14).
 
     Scale. Nothing renormalises the stream, so these set the scale of everything:
         embedding_std (`float`, default 1): standard deviation of the token embeddings as they enter layer 0. Unit
-            variance keeps every branch's input, and with it every gate's gradient, of order one: on a 12-layer
-            byte-level model of width 64 the usual port (0.02 and one rate for all) ended at 3.4 bits per byte where 1
-            reached 2.30 in the same 500 steps (one seed each).
+            variance keeps every branch's input, and with it every gate's gradient, of order one.
         embedding_multiplier (`float`, default sqrt(d)): the stored embedding is drawn with `embedding_std` divided by
             this, and multiplied by it when it is looked up, as in the original Transformer. A tied head then starts
             with logits of order one (sqrt(d) on the input's own token) instead of d.
@@ -80,8 +78,8 @@ class ReZeroConfig(PreTrainedConfig):
         gated_mlp (`bool`, default False): `down(act(gate) * up)` instead of the paper's `down(act(up))`.
         attention_bias (`bool`, default True): biases of q, k, v and o, on as in the authors' layers.
         mlp_bias (`bool`, default True): biases of the feed-forward net, likewise.
-        position_embedding (default `"rope"`): rotary, or `"learned"` absolute vectors added to the embedding. Drawn
-            with std 1 those cost about 0.4 bits per byte in a norm-free net; they are drawn with 0.02, GPT-2's.
+        position_embedding (default `"rope"`): rotary, or `"learned"` absolute vectors added to the embedding, drawn
+            with a standard deviation of 0.02, GPT-2's.
         rope_parameters (`dict`, default theta 10000): as everywhere in Transformers.
         attention_dropout (`float`, default 0): on attention probabilities.
         hidden_dropout (`float`, default 0): inside the feed-forward net after the activation, and on every branch's
@@ -278,12 +276,13 @@ class ReZeroConfig(PreTrainedConfig):
 
         At 12 layers, width 96 and 500 steps on bytes it ends at 1.927 +- 0.003 bits per byte, pre-norm with RMSNorm at
         1.938 +- 0.004, with LayerNorm at 1.943 +- 0.006 (three seeds, every row at its own best rates), ahead in the
-        mean at every evaluation and with every seed from step 100 on; with alpha at 0.5 it ends at 1.922 +- 0.005 and
-        begins behind (model_cards/norm_free). At 48 layers and 200 steps it ends, without a warm-up, at 2.206 +- 0.011,
+        mean at every evaluation and with every seed from step 100 on; pre-norm with the same constant on its branches
+        ends at 1.971 +- 0.008 and is ahead before step 150. With alpha at 0.5 it ends at 1.922 +- 0.005 and begins
+        behind (model_cards/norm_free). At 48 layers and 200 steps it ends, without a warm-up, at 2.206 +- 0.011,
         pre-norm at 2.447 +- 0.021 and 2.453 +- 0.017, ahead at every evaluation with every seed, and pre-norm with the
         same constant on its branches at 2.270 +- 0.006, ahead of that from step 75 on (model_cards/norm_free_deep). How
-        it was found: model_cards/LOG.md. At width 256 and 1200 steps one run at guessed rates was
-        behind the paper's form (section 19 there): search the rate.
+        it was found: model_cards/LOG.md. At width 256 one run of 1200 steps at guessed rates ended behind the paper's
+        form (section 19 there): search the rate.
 
         Args:
             num_hidden_layers: depth.
