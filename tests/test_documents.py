@@ -24,11 +24,21 @@ DOCUMENTS = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
     for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
 }
-SNIPPETS = {
-    f"{name}:{text.count(chr(10), 0, found.start()) + 2}": found[1]
-    for name, text in DOCUMENTS.items()
-    for found in re.finditer(r"```python\n(.*?)```", text, re.DOTALL)
-}
+
+
+def blocks(language):
+    """Where each block of code begins, and what it says."""
+    return {
+        f"{name}:{text.count(chr(10), 0, found.start()) + 2}": found[1]
+        for name, text in DOCUMENTS.items()
+        for found in re.finditer(rf"```{language}\n(.*?)```", text, re.DOTALL)
+    }
+
+
+SNIPPETS = blocks("python")
+CHECKS = runpy.run_path(str(ROOT / "scripts" / "clients" / "checks.py"))
+# What needs packages that `make integrations` alone installs: the heading in docs/using.md, and the client that runs it.
+ELSEWHERE = {"TRL": "trl_sft", "lm-eval": "lm_eval_task", "torchao": "torchao_int8", "A server": "serve"}
 TREE = re.search(r"## What is where\n\n```\n(.*?)```", DOCUMENTS["CONTRIBUTING.md"], re.DOTALL)[1]
 
 every_document = pytest.mark.parametrize("name", DOCUMENTS)
@@ -47,8 +57,16 @@ def workplace(tmp_path_factory):
     return folder
 
 
+def snippets_here():
+    """All but those that run elsewhere. Transformers has exporters that save since 5.23."""
+    elsewhere = [CHECKS["snippet"](heading) for heading in ELSEWHERE]
+    for where, code in SNIPPETS.items():
+        if code not in elsewhere:
+            yield pytest.param(where, marks=[pytest.mark.since("5.23")] if "transformers.exporters" in code else [])
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("where", SNIPPETS)
+@pytest.mark.parametrize("where", snippets_here())
 def test_a_snippet_runs_as_printed(workplace, monkeypatch, where):
     """With names of its own; one that does not import the package runs in a process that cannot import it."""
     code = SNIPPETS[where]
@@ -59,6 +77,23 @@ def test_a_snippet_runs_as_printed(workplace, monkeypatch, where):
     code = "import sys; sys.modules['rezero_hf'] = None\n" + code
     done = subprocess.run([sys.executable, "-c", code], cwd=workplace, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{code}\n{done.stderr[-3000:]}"
+
+
+def test_a_snippet_that_does_not_run_here_is_run_by_its_client():
+    """By one that `make integrations` starts, read from the page."""
+    clients = runpy.run_path(str(ROOT / "scripts" / "integrations.py"))["CLIENTS"]
+    for heading, file in ELSEWHERE.items():
+        assert file in [started for _, started in clients.values()]
+        nodes = ast.walk(ast.parse((ROOT / "scripts" / "clients" / f"{file}.py").read_text(encoding="utf-8")))
+        calls = [node for node in nodes if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "follow"]
+        assert [call.args[0].value for call in calls] == [heading]
+
+
+def test_a_client_runs_the_snippet_as_printed(workplace, tmp_path, capsys):
+    """On the checkpoint that it is given."""
+    check = CHECKS["follow"]("The stock pipeline", workplace / "runs" / "quickstart" / "model", tmp_path)
+    assert (check.value, check.limit) == (0, 0)
+    assert capsys.readouterr().out.strip()
 
 
 def test_every_module_and_script_is_in_the_tree_and_every_file_of_the_tree_exists():
