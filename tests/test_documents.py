@@ -1,6 +1,7 @@
 """The documents tell the truth: their snippets run, and what they name exists: paths, flags, words, messages, modules."""
 
 import ast
+import dataclasses
 import re
 import runpy
 import subprocess
@@ -13,9 +14,11 @@ import yaml
 
 from rezero_hf import ReZeroConfig, ReZeroForCausalLM, byte_tokenizer
 from rezero_hf.arguments import ReZeroTrainingArguments
-from rezero_hf.recipe import FAMILIES
+from rezero_hf.recipe import FAMILIES, load_recipe
+from rezero_hf.sources import Source
 from rezero_hf.starting import InitFrom
-from rezero_hf.strict import field_types
+from rezero_hf.strict import RecipeError, default_of, field_types, plain
+from rezero_hf.study_plan import load_study
 from rezero_hf.tasks import TaskConfig
 
 
@@ -35,7 +38,7 @@ def blocks(language):
     }
 
 
-SNIPPETS = blocks("python")
+SNIPPETS, RECIPES = blocks("python"), blocks("yaml")
 CHECKS = runpy.run_path(str(ROOT / "scripts" / "clients" / "checks.py"))
 # What needs packages that `make integrations` alone installs: the heading in docs/using.md, and the client that runs it.
 ELSEWHERE = {"TRL": "trl_sft", "lm-eval": "lm_eval_task", "torchao": "torchao_int8", "A server": "serve"}
@@ -94,6 +97,40 @@ def test_a_client_runs_the_snippet_as_printed(workplace, tmp_path, capsys):
     check = CHECKS["follow"]("The stock pipeline", workplace / "runs" / "quickstart" / "model", tmp_path)
     assert (check.value, check.limit) == (0, 0)
     assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize("where", RECIPES)
+def test_a_recipe_loads_as_printed(tmp_path, where):
+    """Also as small as its `smoke` makes it, and with its rows where it is a study."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPES[where], encoding="utf-8")
+    for smoke in (False, True):
+        load_recipe(path, smoke=smoke).data.check()
+    if "item" in yaml.safe_load(RECIPES[where]).get("study", {}):
+        load_study(path, "smoke")
+
+
+def test_every_default_that_the_guide_to_recipes_shows_is_the_real_one():
+    language, data = FAMILIES["rezero"]
+    sections = {"model": language, "data": data, "training": ReZeroTrainingArguments, "": Source}
+    sections |= {"init_from": InitFrom, "task": TaskConfig}
+    shown = re.findall(r"^\| `(?:(\w+)\.)?(\w+)` \| `([^`]+)` \|", DOCUMENTS["docs/recipes.md"], re.MULTILINE)
+    assert len(shown) > 30
+    for section, key, value in shown:
+        fields = {field.name: field for field in dataclasses.fields(sections[section])}
+        # YAML reads `no` as false, and recipes take it for the word.
+        said = "no" if value == "no" else yaml.safe_load(value)
+        assert said == plain(default_of(fields[key])), f"{section}.{key}"
+
+
+def test_a_mistake_in_a_recipe_says_what_the_guide_quotes(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    shown = re.findall(r"^\| `(\w+: \{[^`]+)` \| `([^`]+)` \|", DOCUMENTS["docs/recipes.md"], re.MULTILINE)
+    assert len(shown) > 5
+    for mistake, message in shown:
+        path.write_text(mistake, encoding="utf-8")
+        with pytest.raises(RecipeError, match=re.escape(message)):
+            load_recipe(path)
 
 
 def test_every_module_and_script_is_in_the_tree_and_every_file_of_the_tree_exists():
