@@ -1,6 +1,7 @@
 """The documents tell the truth: their snippets run, and what they name exists: paths, flags, words, messages, modules."""
 
 import ast
+import dataclasses
 import re
 import runpy
 import subprocess
@@ -13,9 +14,11 @@ import yaml
 
 from rezero_hf import ReZeroConfig, ReZeroForCausalLM, byte_tokenizer
 from rezero_hf.arguments import ReZeroTrainingArguments
-from rezero_hf.recipe import FAMILIES
+from rezero_hf.recipe import FAMILIES, load_recipe
+from rezero_hf.sources import Source
 from rezero_hf.starting import InitFrom
-from rezero_hf.strict import field_types
+from rezero_hf.strict import RecipeError, default_of, field_types, plain
+from rezero_hf.study_plan import load_study
 from rezero_hf.tasks import TaskConfig
 
 
@@ -24,11 +27,21 @@ DOCUMENTS = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
     for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
 }
-SNIPPETS = {
-    f"{name}:{text.count(chr(10), 0, found.start()) + 2}": found[1]
-    for name, text in DOCUMENTS.items()
-    for found in re.finditer(r"```python\n(.*?)```", text, re.DOTALL)
-}
+
+
+def blocks(language):
+    """Where each block of code begins, and what it says."""
+    return {
+        f"{name}:{text.count(chr(10), 0, found.start()) + 2}": found[1]
+        for name, text in DOCUMENTS.items()
+        for found in re.finditer(rf"```{language}\n(.*?)```", text, re.DOTALL)
+    }
+
+
+SNIPPETS, RECIPES = blocks("python"), blocks("yaml")
+CHECKS = runpy.run_path(str(ROOT / "scripts" / "clients" / "checks.py"))
+# What needs packages that `make integrations` alone installs: the heading in docs/using.md, and the client that runs it.
+ELSEWHERE = {"TRL": "trl_sft", "lm-eval": "lm_eval_task", "torchao": "torchao_int8", "A server": "serve"}
 TREE = re.search(r"## What is where\n\n```\n(.*?)```", DOCUMENTS["CONTRIBUTING.md"], re.DOTALL)[1]
 
 every_document = pytest.mark.parametrize("name", DOCUMENTS)
@@ -47,8 +60,16 @@ def workplace(tmp_path_factory):
     return folder
 
 
+def snippets_here():
+    """All but those that run elsewhere. Transformers has exporters that save since 5.23."""
+    elsewhere = [CHECKS["snippet"](heading) for heading in ELSEWHERE]
+    for where, code in SNIPPETS.items():
+        if code not in elsewhere:
+            yield pytest.param(where, marks=[pytest.mark.since("5.23")] if "transformers.exporters" in code else [])
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("where", SNIPPETS)
+@pytest.mark.parametrize("where", snippets_here())
 def test_a_snippet_runs_as_printed(workplace, monkeypatch, where):
     """With names of its own; one that does not import the package runs in a process that cannot import it."""
     code = SNIPPETS[where]
@@ -59,6 +80,57 @@ def test_a_snippet_runs_as_printed(workplace, monkeypatch, where):
     code = "import sys; sys.modules['rezero_hf'] = None\n" + code
     done = subprocess.run([sys.executable, "-c", code], cwd=workplace, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{code}\n{done.stderr[-3000:]}"
+
+
+def test_a_snippet_that_does_not_run_here_is_run_by_its_client():
+    """By one that `make integrations` starts, read from the page."""
+    clients = runpy.run_path(str(ROOT / "scripts" / "integrations.py"))["CLIENTS"]
+    for heading, file in ELSEWHERE.items():
+        assert file in [started for _, started in clients.values()]
+        nodes = ast.walk(ast.parse((ROOT / "scripts" / "clients" / f"{file}.py").read_text(encoding="utf-8")))
+        calls = [node for node in nodes if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "follow"]
+        assert [call.args[0].value for call in calls] == [heading]
+
+
+def test_a_client_runs_the_snippet_as_printed(workplace, tmp_path, capsys):
+    """On the checkpoint that it is given."""
+    check = CHECKS["follow"]("The stock pipeline", workplace / "runs" / "quickstart" / "model", tmp_path)
+    assert (check.value, check.limit) == (0, 0)
+    assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize("where", RECIPES)
+def test_a_recipe_loads_as_printed(tmp_path, where):
+    """Also as small as its `smoke` makes it, and with its rows where it is a study."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPES[where], encoding="utf-8")
+    for smoke in (False, True):
+        load_recipe(path, smoke=smoke).data.check()
+    if "item" in yaml.safe_load(RECIPES[where]).get("study", {}):
+        load_study(path, "smoke")
+
+
+def test_every_default_that_the_guide_to_recipes_shows_is_the_real_one():
+    language, data = FAMILIES["rezero"]
+    sections = {"model": language, "data": data, "training": ReZeroTrainingArguments, "": Source}
+    sections |= {"init_from": InitFrom, "task": TaskConfig}
+    shown = re.findall(r"^\| `(?:(\w+)\.)?(\w+)` \| `([^`]+)` \|", DOCUMENTS["docs/recipes.md"], re.MULTILINE)
+    assert len(shown) > 30
+    for section, key, value in shown:
+        fields = {field.name: field for field in dataclasses.fields(sections[section])}
+        # YAML reads `no` as false, and recipes take it for the word.
+        said = "no" if value == "no" else yaml.safe_load(value)
+        assert said == plain(default_of(fields[key])), f"{section}.{key}"
+
+
+def test_a_mistake_in_a_recipe_says_what_the_guide_quotes(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    shown = re.findall(r"^\| `(\w+: \{[^`]+)` \| `([^`]+)` \|", DOCUMENTS["docs/recipes.md"], re.MULTILINE)
+    assert len(shown) > 5
+    for mistake, message in shown:
+        path.write_text(mistake, encoding="utf-8")
+        with pytest.raises(RecipeError, match=re.escape(message)):
+            load_recipe(path)
 
 
 def test_every_module_and_script_is_in_the_tree_and_every_file_of_the_tree_exists():

@@ -6,6 +6,7 @@ A client's file runs alone, python scripts/clients/peft_lora.py CHECKPOINT, and 
 import contextlib
 import heapq
 import json
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, logging
 
 
+GUIDE = Path(__file__).parents[2] / "docs" / "using.md"
 # A module of the standard library, which is on every machine: ordinary Python, with a few characters beyond ASCII.
 TEXT = Path(heapq.__file__)
 PROMPTS = ("def ", "import os\n\n\nclass Stack:\n    ", "# naïve\n")
@@ -48,6 +50,33 @@ def run(check: Callable[[Path, Path], Iterator[Check]]) -> None:
     with contextlib.redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as scratch:
         for found in check(Path(sys.argv[1]).absolute(), Path(scratch)):
             print(json.dumps(found._asdict()), file=checks, flush=True)
+
+
+def snippet(heading: str) -> str:
+    """The Python under a heading of `docs/using.md`."""
+    section = GUIDE.read_text("utf-8").partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    return code
+
+
+def follow(heading: str, folder: Path, scratch: Path, address: str = "http://localhost:8000") -> Check:
+    """Run the snippet under a heading of `docs/using.md` as printed, where `runs/quickstart/model` is the checkpoint.
+
+    One that fails ends its client.
+
+    Args:
+        heading: of the guide.
+        folder: the checkpoint.
+        scratch: the snippet's working directory is made in it.
+        address: of the server; the guide's own may be somebody else's.
+    """
+    place = scratch / "guide"
+    (place / "runs" / "quickstart").mkdir(parents=True)
+    (place / "runs" / "quickstart" / "model").symlink_to(folder)
+    code = snippet(heading).replace("http://localhost:8000", address)
+    with contextlib.chdir(place):
+        exec(compile(code, f"{GUIDE.name}: {heading}", "exec"), {"__name__": "__main__"})
+    return Check("the snippet of docs/using.md, as printed", 0, 0, "of 1 fails")
 
 
 def load(folder: Path, **how) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

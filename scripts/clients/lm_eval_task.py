@@ -7,7 +7,7 @@ import sys
 
 import torch
 import yaml
-from checks import WINDOW, Check, load, logits, run, windows
+from checks import WINDOW, Check, follow, load, logits, run, windows
 
 from rezero_hf.data import DataConfig
 from rezero_hf.evaluation import evaluate_text
@@ -85,6 +85,7 @@ def check(folder, scratch):
     theirs = [torch.tensor([float(said) for said, _ in sample["filtered_resps"]]).argmax().item() for sample in samples]
     differ = sum(one != other for one, other in zip(answers, theirs, strict=True))
     yield Check("multiple_choice, each answer beside that by `forward`", differ, 0, f"of {QUESTIONS} differ")
+    yield follow("lm-eval", folder, scratch)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from urllib.error import URLError
 
-from checks import NEW_TOKENS, PROMPTS, TEXTS, Check, continued, load, run
+from checks import NEW_TOKENS, PROMPTS, TEXTS, Check, continued, follow, load, run
 
 
 START_SECONDS = 180
@@ -58,6 +58,8 @@ def check(folder, scratch):
     for what, flags in (("", ()), (" with continuous batching, all prompts at once", BATCHING)):
         with serving(folder, scratch / "log", *flags) as address, ThreadPoolExecutor(len(PROMPTS)) as threads:
             texts = list(threads.map(lambda prompt, to=address: complete(to, folder, prompt), PROMPTS))
+            if not flags:
+                yield follow("A server", folder, scratch, address)
         differ = sum(text != other for text, other in zip(texts, expected, strict=True))
         yield Check(f"/v1/completions{what}, text beside `generate`'s", differ, 0, TEXTS)
 

@@ -1,7 +1,7 @@
 """torchao's int8 weights through Transformers, of the model as it is and with its gates folded away."""
 
 import torch
-from checks import Check, load, logits, run, windows
+from checks import Check, follow, load, logits, run, windows
 from torch.nn.functional import cross_entropy
 from torchao.quantization import Int8WeightOnlyConfig
 from transformers import TorchAoConfig
@@ -29,6 +29,7 @@ def check(folder, scratch):
         yield Check(f"the model {name}, logits beside those in fp32", error, 0.02, "of their norm")
         more = nats(found) - nats(expected)
         yield Check(f"the model {name}, loss beside that in fp32", more, 0.01, "nats a token more")
+    yield follow("torchao", folder, scratch)
 
 
 if __name__ == "__main__":

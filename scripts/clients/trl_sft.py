@@ -1,7 +1,7 @@
 """TRL's SFTTrainer with packing on SDPA: packed documents do not see each other."""
 
 import torch
-from checks import Check, apart, load, logits, run
+from checks import Check, apart, follow, load, logits, run
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
@@ -41,6 +41,7 @@ def check(folder, scratch):
     trainer.train()
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     yield Check("trained for 20 steps, loss", losses[-1] / losses[0], 0.9, "of the loss before")
+    yield follow("TRL", folder, scratch)
 
 
 if __name__ == "__main__":
