@@ -215,6 +215,11 @@ def load_recipe(
     model_type = document["model"].pop("model_type", "rezero")
     check_names([model_type], FAMILIES, f"{path}: model.model_type")
     config_class, data_class = FAMILIES[model_type]
+    classes = _classes(model_type)
+    for size in SIZES:
+        for section, _, field in (str(key).partition(".") for key in document[size]):
+            if section in classes and field != "model_type":
+                check_names([field], field_types(classes[section]), f"{path}: {size}: {section} key")
     model = checked(document["model"], config_class, f"{path}: model")
     training = _training(document["training"], f"{path}: training")
     init_from = InitFrom(**checked(document["init_from"], InitFrom, f"{path}: init_from"))
@@ -291,8 +296,7 @@ def changed_words(before: str, after: str, finished: bool = False) -> list[str]:
     changed = []
     free = CIRCUMSTANCES if finished else (*CIRCUMSTANCES, *IN_ITS_NUMBERS)
     old, new = (yaml.safe_load(text) for text in (before, after))
-    family = FAMILIES[new["model"].get("model_type", "rezero")]
-    for section, words in zip(SECTIONS, (*family, ReZeroTrainingArguments, InitFrom, TaskConfig), strict=True):
+    for section, words in _classes(new["model"].get("model_type", "rezero")).items():
         defaults = {field.name: plain(default_of(field)) for field in dataclasses.fields(words)}
         known, given = defaults | old.get(section, {}), new.get(section, {})
         for key in sorted(old.get(section, {}).keys() | given.keys()):
@@ -327,6 +331,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
             f"{path}: not a recipe: the file must be a mapping with the sections {', '.join((*SECTIONS, *SIZES))}."
         )
     return document
+
+
+def _classes(model_type: str) -> dict[str, type]:
+    """Section -> the class whose fields its keys are."""
+    return dict(zip(SECTIONS, (*FAMILIES[model_type], ReZeroTrainingArguments, InitFrom, TaskConfig), strict=True))
 
 
 def _training(values: dict[str, Any], where: str) -> dict[str, Any]:

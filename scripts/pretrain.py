@@ -78,12 +78,14 @@ def main(
         if init_from.path is not None:
             begin(init_from, config, args.optimizer, tokenizer, sharded)
         if main_process:
-            steps = args.max_steps
+            steps, looked = args.max_steps, ""
             if steps < 1:
                 steps = training_steps(args, prepare(plan.data, tokenizer))
+            else:
+                looked = "; the text was not looked at, which scripts/prepare_data.py does"
             rehearse(plan, config)
             print(describe(make_plan(config, args, plan.data.block_size, steps, devices, shards, device), mfu))
-            print("a rehearsal of one step with these words went well")
+            print(f"a rehearsal of one step with these words went well{looked}")
         return
     # Whoever comes second waits for the lock of the first, which no collective times out on.
     prepared = prepare(plan.data, tokenizer, progress=main_process)

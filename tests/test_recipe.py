@@ -108,6 +108,7 @@ def test_a_mistake_is_one_line_with_the_way_out(recipe, override, message):
         ),
         ("model: {", "not valid YAML"),
         ("smoke: {model: 1}", "smoke: 'model' is not section.key"),
+        ("full: {training.max_step: 3}", "full: training key 'max_step' is unknown; did you mean 'max_steps'"),
     ],
 )
 def test_a_broken_file_is_one_line(tmp_path, text, message):
