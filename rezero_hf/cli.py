@@ -43,7 +43,7 @@ def run(*mains: Callable) -> None:
         mains: one function; or several, which are the script's subcommands, by their names and docstrings.
     """
     # click joins the lines of a paragraph, unless a line of this mark alone stands above it: commands keep theirs.
-    help = re.sub(r"\n\n(?=.*\bpython scripts/)", "\n\n\b\n", sys.modules[mains[0].__module__].__doc__)
+    help = re.sub(r"\n\n(?=.*\bpython scripts/)", "\n\n\b\n", sys.modules[mains[0].__module__].__doc__ or "")
     app = typer.Typer(
         add_completion=False,
         pretty_exceptions_enable=False,
