@@ -9,6 +9,7 @@ alone, so a resumed run, a run on more machines and an uninterrupted one see the
 
 import hashlib
 import json
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,9 @@ class PreparedImages:
             )
         self._numbers = self._choose_classes(config.classes)
         self._rows = self._split_rows()
-        self.mean, self.std = self._normalization()
+        if config.mean is not None and len(config.mean) != self.channels:
+            numbers = len(config.mean)
+            raise DataError(f"data.mean has {numbers} numbers for images of {self.channels} channels: one for each")
 
     def _choose_classes(self, classes: list[int] | None) -> np.ndarray:
         """The number of each stored class, -1 of those that are left out."""
@@ -129,14 +132,22 @@ class PreparedImages:
         rows["train"] = ("train", np.sort(order))
         return rows
 
+    @property
+    def mean(self) -> list[float]:
+        return self._normalization[0]
+
+    @property
+    def std(self) -> list[float]:
+        return self._normalization[1]
+
+    @cached_property
     def _normalization(self) -> tuple[list[float], list[float]]:
+        """Where nobody has said it, a pass over all training images: not before it is asked for."""
         mean, std = self.config.mean, self.config.std
         if mean is None and self.config.known:
             mean, std = self.config.known.mean, self.config.known.std
         if mean is None or std is None:
             return self.split("train").moments()
-        if len(mean) != self.channels:
-            raise DataError(f"data.mean has {len(mean)} numbers for images of {self.channels} channels: one for each")
         return mean, std
 
     def split(self, split: str) -> ImageSplit:

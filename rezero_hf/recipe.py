@@ -25,7 +25,7 @@ from .image_data import ImageDataConfig, PreparedImages
 from .models import ReZeroConfig, ReZeroMLPConfig, ReZeroResNetConfig
 from .sources import Source
 from .starting import InitFrom
-from .strict import RecipeError, check_names, checked, default_of, field_types, plain
+from .strict import RecipeError, check_names, checked, default_of, field_types, made, plain
 from .tasks import TaskConfig
 
 
@@ -222,7 +222,7 @@ def load_recipe(
                 check_names([field], field_types(classes[section]), f"{path}: {size}: {section} key")
     model = checked(document["model"], config_class, f"{path}: model")
     training = _training(document["training"], f"{path}: training")
-    init_from = InitFrom(**checked(document["init_from"], InitFrom, f"{path}: init_from"))
+    init_from = made(InitFrom, document["init_from"], f"{path}: init_from")
     if init_from != InitFrom():
         if init_from.path is None:
             raise RecipeError(f"{path}: init_from.grow_to={init_from.grow_to} needs init_from.path, what is to grow.")
@@ -236,7 +236,7 @@ def load_recipe(
                     f"{path}: init_from.grow_to={init_from.grow_to} with training.gate_lr_multiplier=0: new layers "
                     "start at alpha = 0, and held there never learn; give 0.1, or set model.output_init_scale=0."
                 )
-    task = TaskConfig(**checked(document["task"], TaskConfig, f"{path}: task"))
+    task = made(TaskConfig, document["task"], f"{path}: task")
     if task.name is not None and model_type != "rezero":
         raise RecipeError(f"{path}: task is for language models; images have their classes.")
     if not name_is_plain(name):
@@ -244,7 +244,7 @@ def load_recipe(
     data = dict(document["data"])
     if "sources" in data and data_class is DataConfig:
         data["sources"] = _sources(data["sources"], f"{path}: data.sources")
-    data = data_class(**checked(data, data_class, f"{path}: data"))
+    data = made(data_class, data, f"{path}: data")
     return Recipe(str(name), str(path), model_type, model, data, training, init_from, task)
 
 
@@ -378,5 +378,5 @@ def _sources(value: Any, where: str) -> list[Source]:
     sources = []
     for number, line in enumerate(lines):
         fields = line if isinstance(line, dict) else {"source": line}
-        sources.append(Source(**checked(fields, Source, f"{where}[{number}]")))
+        sources.append(made(Source, fields, f"{where}[{number}]"))
     return sources

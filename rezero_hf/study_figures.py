@@ -122,7 +122,7 @@ def bars(rows: list[dict[str, Any]], metric: str, path: str | Path) -> Path:
     rows = rows[::-1]
     figure, ax = new_figure(1.2 + 0.5 * len(rows))
     for place, row in enumerate(rows):
-        there = [run["to_target"] for run in row["runs"] if run["to_target"] is not None and not run["diverged"]]
+        there = [run["to_target"] for run in row["runs"] if run["to_target"] is not None]
         reached = [found["steps"] for found in there]
         if reached:
             if any("within" in found for found in there):

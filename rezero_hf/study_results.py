@@ -47,14 +47,16 @@ def summarise(
         # Nets of other depths end elsewhere, so each is held against the baseline of its own.
         row["target"] = _target(study, [other for other in rows if place_of(other) == place_of(row)])
         for run in row["runs"]:
-            run["to_target"] = reached = first_at(run["curve"], study.metric, row["target"])
+            # Whatever it passed on the way, a run that diverged has not arrived.
+            curve = [] if run["diverged"] else run["curve"]
+            run["to_target"] = reached = first_at(curve, study.metric, row["target"])
             if reached and row["step_seconds"]:
                 reached["seconds"] = reached["steps"] * row["step_seconds"]
     bases = {name: runs[f"bases/{name}"][0] for name in study.bases if f"bases/{name}" in runs}
     every = [run for cell in cells for run in runs[cell.name]] + [*bases.values()]
     about = {word: getattr(study, word) for word in WORDS}
     about["bases"] = {
-        name: {"set": study.bases[name], "value": _value(run, study.metric)}
+        name: {"set": study.bases[name]}
         | {word: run[word] for word in ("results", "steps", "flops", "training_seconds", "seed")}
         for name, run in bases.items()
     }

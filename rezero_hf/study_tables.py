@@ -248,7 +248,7 @@ def diverged(runs: list[dict[str, Any]]) -> str:
 def reach(runs: list[dict[str, Any]], word: str, form: str = "{:.0f}") -> str:
     if all(run["diverged"] for run in runs):
         return ""
-    found = [run["to_target"] for run in runs if run["to_target"] is not None and not run["diverged"]]
+    found = [run["to_target"] for run in runs if run["to_target"] is not None]
     if not found:
         return "never"
     within = "≤ " if _within(runs) else ""
@@ -267,7 +267,7 @@ def speed_up(row: dict[str, Any], base: dict[str, Any] | None) -> str:
     """
     means = []
     for runs in ([] if base is None else base["runs"], row["runs"]):
-        reached = [None if run["diverged"] else run["to_target"] for run in runs]
+        reached = [run["to_target"] for run in runs]
         means.append(fmean(found["steps"] for found in reached) if reached and all(reached) else math.nan)
     ratio = means[0] / means[1]
     if not math.isfinite(ratio) or (row is not base and _within(base["runs"])):
