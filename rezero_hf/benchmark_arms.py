@@ -223,7 +223,7 @@ ARMS = (
     ),
     ReZeroArm(
         name="ReZero, folded",
-        words="for generation, after `fold_gates` and, on a CPU, `pack_for_decoding`",
+        words="for generation, after `fold_gates` and `pack_for_decoding`",
         build=_folded,
         prepare=pack_for_decoding,
         imports=OURS,
@@ -251,6 +251,16 @@ ARMS = (
         imports="from transformers import LlamaForCausalLM",
         package="transformers",
         peer=True,
+    ),
+    # What of packing is not ReZero's.
+    Arm(
+        name="Llama, packed",
+        words="for generation, after `pack_for_decoding`, which leaves its attention as it is",
+        build=_llama,
+        prepare=pack_for_decoding,
+        imports="from transformers import LlamaForCausalLM",
+        measures=("decode_1", "decode_8"),
+        compiled=("decode_1", "decode_8"),
     ),
     Arm(
         name="GPT-NeoX",

@@ -89,6 +89,20 @@ class ReZeroAttention(nn.Module):
         self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
         self.dropout = nn.Dropout(config.hidden_dropout)
 
+    def heads(
+        self, x: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values of x, each (batch, heads, tokens, head_dim); the first two turned by position."""
+        query, key, value = (
+            project(x).view(*x.shape[:-1], -1, self.head_dim) for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.q_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        if position_embeddings is not None:
+            query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
+        return query, key, value
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -100,15 +114,7 @@ class ReZeroAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`project=False` leaves `o_proj` to the caller (`gating.py`)."""
         input_shape = hidden_states.shape[:-1]
-        heads_shape = (*input_shape, -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(heads_shape)
-        key = self.k_proj(hidden_states).view(heads_shape)
-        value = self.v_proj(hidden_states).view(heads_shape).transpose(1, 2)
-        if self.q_norm is not None:
-            query, key = self.q_norm(query), self.k_norm(key)
-        query, key = query.transpose(1, 2), key.transpose(1, 2)
-        if position_embeddings is not None:
-            query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
+        query, key, value = self.heads(hidden_states, position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
