@@ -85,14 +85,12 @@ def verdict(row: dict[str, Any]) -> str:
     return "ahead" if middle > 1 else "behind"
 
 
-def disturbed(result: dict[str, Any]) -> dict[str, str]:
-    """Arm -> in what ReZero beside it took 1.5 times as long as beside most arms: others used the machine meanwhile."""
-    found: dict[str, str] = {}
-    for (measure, mode), rows in _grouped(result).items():
+def disturbed(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The comparisons in which ReZero took 1.5 times as long as beside most arms: others used the machine meanwhile."""
+    found = []
+    for rows in _grouped(result).values():
         usual = median(median(row["costs"]["reference"]) for row in rows)
-        for row in rows:
-            if median(row["costs"]["reference"]) > 1.5 * usual:
-                found.setdefault(row["arm"], f"the machine was busy during {measure} {mode}")
+        found += [row for row in rows if median(row["costs"]["reference"]) > 1.5 * usual]
     return found
 
 
@@ -147,8 +145,13 @@ def benchmark_card(result: dict[str, Any]) -> str:
         "threads": str(result["threads"]),
         "took": f"{result['seconds'] / 60:.0f} minutes",
         "versions": join(f"{package} {version}" for package, version in result["versions"].items()),
-        "commit": f"{git['sha'][:8]}{' with changes' if git['dirty'] else ''}" if git else "unknown",
+        "commit": _commit(git),
     }
+    if result.get("again"):
+        again = [
+            f"{row['measure']} {row['mode']} beside {row['arm']} ({_commit(row['git'])})" for row in result["again"]
+        ]
+        facts["measured once more, the machine having been busy"] = join(again)
     return CARD.format(
         **result["sizes"],
         sizes=SIZES.format(**result["sizes"]),
@@ -206,6 +209,10 @@ def _grouped(result: dict[str, Any]) -> dict[tuple[str, str], list[dict[str, Any
     for row in rows:
         found.setdefault((row["measure"], row["mode"]), []).append(row)
     return found
+
+
+def _commit(git: dict[str, Any] | None) -> str:
+    return f"{git['sha'][:8]}{' with changes' if git['dirty'] else ''}" if git else "unknown"
 
 
 def _what(row: dict[str, Any]) -> tuple[str, str]:
