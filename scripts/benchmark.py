@@ -124,7 +124,7 @@ def main(
         words = ["arm", "measure", "mode"]
         print(f"once more, because the machine was busy: {' '.join(row[word] for word in words)} ...", flush=True)
         which = ["--part", row["arm"], "--only", row["measure"], "--mode", row["mode"]]
-        rows, failed = alone([sys.executable, *sys.argv, *which])
+        rows, failed = alone([sys.executable, *(word for word in sys.argv if word != "--again"), *which])
         result["failed"] |= {row["arm"]: failed} if failed else {}
         if rows:
             row.update(rows[0])

@@ -143,6 +143,7 @@ def test_what_was_disturbed_is_measured_once_more_at_the_end_and_whenever_asked(
     busy, calls = ["Llama", "Llama"], []
 
     def fake(command):
+        assert "--again" not in command
         words = dict(pairwise(command))
         calls.append([words[word] for word in ("--part", "--only", "--mode") if word in words])
         slow = 2.0 if words["--part"] in busy[:1] else 1.0
