@@ -11,6 +11,7 @@ from rezero_hf.benchmark_report import (
     benchmark_figure,
     benchmark_section,
     benchmark_table,
+    relatives_table,
     shares,
     value,
     verdict,
@@ -99,6 +100,18 @@ def test_the_table_shows_the_best_peer_and_a_loss_as_a_loss():
         "| decode, batch 1, tokens/s | fp32 | 25.6 | 75% of products alone; 25% of bandwidth | GPT-2: 61 | "
         "0.42 (0.40 to 0.44) | behind |"
     )
+
+
+def test_what_is_not_a_peer_is_shown_beside_rezero_as_shipped():
+    """How many times as fast it writes: the inverse of what ReZero is better by. Peers are in the other table."""
+    header, _, *lines = relatives_table(RESULT).splitlines()
+    assert header == "| decode beside ReZero as shipped |  | batch 1, fp32 |"
+    rest = [arm for arm in RESULT["arms"] if not arm["peer"] and arm["name"] != "ReZero"]
+    measured = [
+        row for row in COMPARISONS if row["measure"] == "decode_1" and row["arm"] in {arm["name"] for arm in rest}
+    ]
+    assert lines == [f"| {row['arm']} | words | {1 / advantage(row).median:.2f} |" for row in measured] and lines
+    assert relatives_table(RESULT | {"comparisons": []}) is None
 
 
 def test_the_page_has_every_arm():
