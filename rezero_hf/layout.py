@@ -30,10 +30,11 @@ class OneRowLinear(nn.Linear):
     """A Linear that takes one row as a product of a matrix and a vector, and anything else as ever."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # Autocast, which casts for a Linear, does not cast for these.
-        if x.numel() != self.in_features or torch.is_autocast_enabled(x.device.type):
+        # Autocast, which casts for a Linear, does not cast for these, and a matrix quantised since is no plain one.
+        weight, device = self.weight, x.device.type
+        if x.numel() != self.in_features or type(weight) is not nn.Parameter or torch.is_autocast_enabled(device):
             return super().forward(x)
-        return one_row(x, self.weight, self.bias)
+        return one_row(x, weight, self.bias)
 
 
 class JointAttention(ReZeroAttention):
@@ -88,7 +89,8 @@ def pack_for_decoding(model: nn.Module, seconds: float = 0.4) -> nn.Module:
     Queries, keys and values of this package's attention become one product (without `qk_norm`): fewer and larger ones,
     on any device. On a CPU the matrices of each shape are then measured with one row: as they lie or turned over in
     memory, as torch takes a Linear or as a product of a matrix and a vector; what is fastest stays. That takes a copy
-    of the matrices for a moment. Saved, the model has the names, shapes and values that it had.
+    of the matrices for a moment. Saved, the model has the names, shapes and values that it had. Adapters look for
+    projections by their names: merge them first.
 
     Args:
         model: of any library; changed in place. Linears that are not what they seem (quantised, sharded, adapted,

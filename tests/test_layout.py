@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import rezero_hf
@@ -131,6 +132,16 @@ def test_other_libraries_models_are_measured_too(ids, a_machine):
     rezero_hf.pack_for_decoding(model, seconds=0)
     assert list(linears(model)) == names
     torch.testing.assert_close(model(ids[:1, :1]).logits, before)
+
+
+def test_a_matrix_of_another_type_is_taken_as_a_linear(a_machine, monkeypatch):
+    """Quantised after it was packed, say: its library knows a Linear's product, maybe no other."""
+    model, x = nn.Sequential(nn.Linear(8, 16)), torch.randn(1, 8)
+    before = model(x)
+    rezero_hf.pack_for_decoding(model, seconds=0)
+    model[0].weight = nn.Parameter(TwoTensor(model[0].weight.detach(), model[0].weight.detach().clone()))
+    monkeypatch.setattr(layout, "one_row", None)
+    torch.testing.assert_close(model(x).a, before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
