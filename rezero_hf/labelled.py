@@ -3,7 +3,9 @@
 `stdlib-functions` is on every machine: from the head and the docstring of a function of the standard library, without
 its body, tell whether a call gives something back. Rows come from the same files as the corpus `python-stdlib`, in the
 same split, and a held-out row that a training module has too is left out, so a model pretrained on that corpus has not
-seen a held-out row, and a fine-tuned one has seen no more of it.
+seen a held-out row, and a fine-tuned one has seen no more of it. In each split both classes have as many rows, so who
+guesses is right about half of them; by themselves few modules differ from many (76 % in validation give something back,
+57 % in training).
 """
 
 import ast
@@ -78,6 +80,8 @@ def read_labelled(
         splits, classes = _read(data, text_column, label_column, config_name, revision)
     splits = {split: splits.get(split, []) for split in SPLITS}
     dropped = _keep_apart(splits, SPLITS if data == STDLIB else tuple(reversed(SPLITS)))
+    if data == STDLIB:
+        splits = {split: _balanced(rows) for split, rows in splits.items()}
     for split in SPLITS:
         if not splits[split]:
             raise DataError(f"{data} has no rows for {split}: add some, at least three different ones in all")
@@ -110,6 +114,15 @@ def _keep_apart(splits: dict[str, list[Row]], order: tuple[str, ...]) -> int:
     left = set(digests)
     splits["train"] = [row for digest, rows in by_text.items() if digest in left for row in rows]
     return dropped
+
+
+def _balanced(rows: list[Row]) -> list[Row]:
+    """As many rows of each class, in their order; those that stay come first in the order of the sha256 of their text."""
+    classes: dict[int, list[int]] = {}
+    for place in sorted(range(len(rows)), key=lambda place: hashlib.sha256(rows[place].text.encode()).digest()):
+        classes.setdefault(rows[place].label, []).append(place)
+    least = min(map(len, classes.values()), default=0)
+    return [rows[place] for place in sorted(place for places in classes.values() for place in places[:least])]
 
 
 def _read(

@@ -513,7 +513,8 @@ class Stack{n}:
 
 def test_stdlib_functions_say_whether_something_is_given_back(tmp_path, monkeypatch):
     """Head and docstring without the body; what an inner function returns does not count. Split as the corpus is, and
-    what every module has is no held-out row: a model pretrained on the corpus has read its body."""
+    what every module has is no held-out row: a model pretrained on the corpus has read its body. Of every two rows of a
+    split one gives something back."""
     for n in range(60):
         (tmp_path / f"m{n}.py").write_text(STDLIB_MODULE.format(n=n))
     monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(tmp_path)})
@@ -522,13 +523,11 @@ def test_stdlib_functions_say_whether_something_is_given_back(tmp_path, monkeypa
     assert labels["def double7(x, *, by=2):\n    Multiply.7"] == "a value"
     assert labels["def tell7(x):"] == labels["def leave7(self):"] == labels["def inner():"] == "nothing"
     assert labels["def walk7(self):"] == "a value"
-    assert "def inner():" in {row.text for row in found.splits["train"]}
     held_out = [row.text for split in ("validation", "test") for row in found.splits[split]]
     assert "def inner():" not in held_out and held_out
-    numbers = {
-        split: {row.text.partition("tell")[2][:2] for row in rows if "tell" in row.text}
-        for split, rows in found.splits.items()
-    }
-    assert all(numbers.values()) and sum(map(len, numbers.values())) == 60
+    for rows in found.splits.values():
+        assert 2 * sum(row.label for row in rows) == len(rows) > 0
+    numbers = [{re.search(r"\d+", row.text)[0] for row in rows if row.label} for rows in found.splits.values()]
+    assert sum(map(len, numbers)) == len(set().union(*numbers)) == 60
     monkeypatch.setattr("rezero_hf.labelled.ast.parse", lambda *_: pytest.fail("read again"))
     assert read_labelled(STDLIB, "text", "label", str(tmp_path / "cache")) == found
