@@ -117,7 +117,7 @@ def _keep_apart(splits: dict[str, list[Row]], order: tuple[str, ...]) -> int:
 
 
 def _balanced(rows: list[Row]) -> list[Row]:
-    """As many rows of each class, in their order; those that stay come first in the order of the sha256 of their text."""
+    """As many rows of each class, in their order; those stay that come first by the sha256 of their text."""
     classes: dict[int, list[int]] = {}
     for place in sorted(range(len(rows)), key=lambda place: hashlib.sha256(rows[place].text.encode()).digest()):
         classes.setdefault(rows[place].label, []).append(place)

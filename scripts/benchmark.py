@@ -5,7 +5,7 @@ python scripts/benchmark.py [--only decode_1] [--mode bf16] [--minutes 25] [--ou
 Nothing else should run on the machine, though what compares are ratios of neighbours in time. It takes the minutes
 and two or three more. What others disturbed is measured once more at the end, and whenever it is called with `--again`.
 `--only` and `--mode` print the table and write nothing, unless told where. `--smoke` is ReZero beside GPT-2, tiny, for
-seconds.
+seconds. `--only decode_1 --profile ReZero` compares nothing and prints where the time goes, on a CPU.
 """
 
 import json
@@ -23,6 +23,7 @@ from transformers.utils import logging
 
 from rezero_hf.benchmark_arms import ARMS, REFERENCE, SIZES, installed, parameters
 from rezero_hf.benchmark_cases import modes
+from rezero_hf.benchmark_profile import time_table
 from rezero_hf.benchmark_report import benchmark_figure, benchmark_table, disturbed
 from rezero_hf.benchmarks import LEAST, MEASURES, alone, chosen, compare, compare_imports
 from rezero_hf.cli import run
@@ -39,6 +40,7 @@ def main(
     device: Annotated[str | None, typer.Option(help="cpu or cuda (default: an accelerator, if there is one)")] = None,
     smoke: Annotated[bool, typer.Option("--smoke", help="tiny models, two arms, without import times")] = False,
     again: Annotated[bool, typer.Option("--again", help="of the result in DIR only what was disturbed")] = False,
+    profile: Annotated[str | None, typer.Option(help="of this arm, where the time of --only goes, on a CPU")] = None,
     part: Annotated[str | None, typer.Option(hidden=True)] = None,
 ):
     if only is not None:
@@ -71,6 +73,13 @@ def main(
         name: sum(MEASURES[each].turn for _, each in chosen(arm, names, within.values())) for name, arm in arms.items()
     }
     parts = {name: turn for name, turn in parts.items() if turn}
+    if profile is not None:
+        check_names([profile], arms, "--profile: arm")
+        if only is None or only == "import" or not parts.get(profile) or where.type != "cpu":
+            raise UserError(f"--profile {profile} takes --device cpu and an --only that it takes part in, but import")
+        for each in within.values():
+            print(f"{MEASURES[only].label}, {each.name}:\n\n{time_table(arms[profile], only, SIZES[size], each)}\n")
+        return
     if "import" in names:
         parts["import"] = MEASURES["import"].turn
     if not parts:

@@ -207,6 +207,18 @@ def test_an_arm_that_fails_is_named_and_the_others_are_kept(monkeypatch, tmp_pat
         collect_result(tmp_path)
 
 
+def test_a_profile_tells_where_the_time_goes(monkeypatch, capsys):
+    """Shares of one repeat, Python's among them, that sum to it; what cannot be profiled is one line."""
+    assert benchmark(monkeypatch, "--smoke", "--only", "train", "--mode", "fp32", "--profile", "GPT-2") == 0
+    title, _, header, _, *lines = capsys.readouterr().out.rstrip().splitlines()
+    assert title == "training, fp32:" and header == "| operation | calls | ms | share |"
+    assert any(line.startswith("| aten::mm | ") for line in lines) and "between operations" in lines[-1]
+    assert 95 <= sum(int(line.split("|")[4].strip(" %")) for line in lines) <= 105
+    for words in (["--only", "import"], [], ["--only", "train", "--profile", "Bert"]):
+        assert benchmark(monkeypatch, "--smoke", "--profile", "GPT-2", *words) == 2
+        assert "error: --profile" in capsys.readouterr().err
+
+
 def test_an_arm_by_itself_prints_what_it_measured(monkeypatch, capsys):
     """How the script runs each arm in a process of its own."""
     assert benchmark(monkeypatch, "--smoke", "--only", "memory", "--part", "GPT-2") == 0
