@@ -52,7 +52,7 @@ class Branch:
             # Fewer tokens than that, and <G, W> takes longer than the output's own sum (measured on a CPU).
             and x.numel() >= 2 * x.shape[-1] * getattr(last, "out_features", torch.inf)
             and module.dropout.p == 0
-            and _is_plain_linear(last)
+            and is_plain_linear(last)
             # Frozen, it has no gradient to read alpha's off.
             and last.weight.requires_grad
             and not _is_watched(module)
@@ -118,8 +118,11 @@ def _as_products_take(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.get_autocast_dtype(x.device.type))
 
 
-def _is_plain_linear(module: nn.Module) -> bool:
-    # Sharded and quantised weights are wrapped; an offloaded module has a forward of its own.
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether it is a Linear, and its own forward what is called, with nothing around it.
+
+    Sharded and quantised weights are wrapped; an offloaded module has a forward of its own.
+    """
     return (
         type(module) is nn.Linear
         and not is_traceable_wrapper_subclass(module.weight)
@@ -135,4 +138,4 @@ def _is_watched(module: nn.Module) -> bool:
     return bool(own or _has_any_global_hook())
 
 
-__all__ = ["Branch", "GatedLinear", "gated"]
+__all__ = ["Branch", "GatedLinear", "gated", "is_plain_linear"]
