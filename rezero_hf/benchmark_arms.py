@@ -252,13 +252,14 @@ ARMS = (
         package="transformers",
         peer=True,
     ),
-    # What of packing is not ReZero's.
+    # Tells how much of what packing gains is its products and not ReZero.
     Arm(
         name="Llama, packed",
         words="for generation, after `pack_for_decoding`, which leaves its attention as it is",
         build=_llama,
         prepare=pack_for_decoding,
         imports="from transformers import LlamaForCausalLM",
+        package="transformers",
         measures=("decode_1", "decode_8"),
         compiled=("decode_1", "decode_8"),
     ),

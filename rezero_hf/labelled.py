@@ -3,9 +3,9 @@
 `stdlib-functions` is on every machine: from the head and the docstring of a function of the standard library, without
 its body, tell whether a call gives something back. Rows come from the same files as the corpus `python-stdlib`, in the
 same split, and a held-out row that a training module has too is left out, so a model pretrained on that corpus has not
-seen a held-out row, and a fine-tuned one has seen no more of it. In each split both classes have as many rows, so who
-guesses is right about half of them; by themselves few modules differ from many (76 % in validation give something back,
-57 % in training).
+seen a held-out row, and a fine-tuned one has seen no more of it. In each split both classes have as many rows, so a
+guess is right half of the time: by themselves 76 % give something back in the few modules of validation, 57 % in those
+of training.
 """
 
 import ast
@@ -117,7 +117,7 @@ def _keep_apart(splits: dict[str, list[Row]], order: tuple[str, ...]) -> int:
 
 
 def _balanced(rows: list[Row]) -> list[Row]:
-    """As many rows of each class, in their order; those stay that come first by the sha256 of their text."""
+    """As many rows of each class that is there, in their order; those stay whose text has the first sha256."""
     classes: dict[int, list[int]] = {}
     for place in sorted(range(len(rows)), key=lambda place: hashlib.sha256(rows[place].text.encode()).digest()):
         classes.setdefault(rows[place].label, []).append(place)

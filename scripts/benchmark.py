@@ -75,9 +75,11 @@ def main(
     parts = {name: turn for name, turn in parts.items() if turn}
     if profile is not None:
         check_names([profile], arms, "--profile: arm")
-        if only is None or only == "import" or not parts.get(profile) or where.type != "cpu":
-            raise UserError(f"--profile {profile} takes --device cpu and an --only that it takes part in, but import")
-        for each in within.values():
+        which = [of for of, each in chosen(arms[profile], [only], within.values()) if not MEASURES[each].once]
+        if not which or where.type != "cpu":
+            timed = ", ".join(name for name, measure in MEASURES.items() if measure.cost and not measure.once)
+            raise UserError(f"--profile {profile} takes --device cpu and an --only that it takes part in: {timed}")
+        for each in which:
             print(f"{MEASURES[only].label}, {each.name}:\n\n{time_table(arms[profile], only, SIZES[size], each)}\n")
         return
     if "import" in names:
@@ -121,7 +123,7 @@ def main(
     write()
     for name, package in left_out.items():
         print(f"{name} is left out: pip install {package}")
-    start = time.perf_counter()
+    start = time.perf_counter() - result.get("seconds", 0)
     for name in parts if not again else ():
         print(f"{name} ...", flush=True)
         rows, failed = (measured(name), None) if smoke else alone([sys.executable, *sys.argv, "--part", name])
@@ -131,16 +133,21 @@ def main(
         write()
     for row in disturbed(result) if not smoke else ():
         words = ["arm", "measure", "mode"]
-        print(f"once more, because the machine was busy: {' '.join(row[word] for word in words)} ...", flush=True)
+        print(f"{row['arm']} once more, because the machine was busy during {_what(row)} ...", flush=True)
         which = ["--part", row["arm"], "--only", row["measure"], "--mode", row["mode"]]
         rows, failed = alone([sys.executable, *(word for word in sys.argv if word != "--again"), *which])
         result["failed"] |= {row["arm"]: failed} if failed else {}
         if rows:
+            result["again"].append({word: row[word] for word in (*words, "costs")} | {"git": git_state()})
             row.update(rows[0])
-            result["again"].append({word: row[word] for word in words} | {"git": git_state()})
+        result["seconds"] = round(time.perf_counter() - start)
         write()
-    busy = {row["arm"]: f"the machine was busy during {row['measure']} {row['mode']}" for row in disturbed(result)}
-    result["failed"] |= {} if smoke else busy
+    wanted = {(name, each, of.name) for name, arm in arms.items() for of, each in chosen(arm, names, within.values())}
+    wanted |= {(name, "import", "fp32") for name, arm in arms.items() if "import" in names and "import" in arm.measures}
+    wanted -= {(row["arm"], row["measure"], row["mode"]) for row in result["comparisons"]}
+    wrong = {} if smoke else {row["arm"]: f"the machine was busy during {_what(row)}" for row in disturbed(result)}
+    wrong |= {arm: f"{measure} {of} is missing" for arm, measure, of in sorted(wanted)}
+    result["failed"] = wrong | result["failed"]
     result["complete"] = not (only or mode or left_out or result["failed"])
     write()
     print(benchmark_table(result))
@@ -155,7 +162,7 @@ def main(
 
 
 def _begun(output: Path, now: dict[str, Any]) -> dict[str, Any]:
-    """The result in a folder, of which nothing failed but what was disturbed, if it was made as one would be now."""
+    """The result in a folder, a part of which was disturbed, if it was made as one would be now."""
     path = output / "result.json"
     if not path.is_file():
         raise UserError(f"--again: there is no {path}")
@@ -163,11 +170,13 @@ def _begun(output: Path, now: dict[str, Any]) -> dict[str, Any]:
     for word in ("device", "threads", "versions", "sizes", "arms", "left_out"):
         if result.get(word) != now[word]:
             raise UserError(f"--again: {path} was made with other {word}; measure all of it")
-    busy = {row["arm"] for row in disturbed(result)}
-    if not busy:
+    if not disturbed(result):
         raise UserError(f"--again: nothing was disturbed in {path}")
-    failed = {arm: why for arm, why in result["failed"].items() if arm not in busy}
-    return now | result | {"failed": failed, "complete": False}
+    return now | result | {"failed": {}, "complete": False}
+
+
+def _what(row: dict[str, Any]) -> str:
+    return f"{row['measure']} {row['mode']}"
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import torch
 
 from rezero_hf import benchmarks
 from rezero_hf.benchmark_arms import ARMS, REFERENCE, SIZES, TRAINING
-from rezero_hf.benchmark_cases import Case, Mode, peak_allocation
+from rezero_hf.benchmark_cases import Case, Mode, modes, peak_allocation
 from rezero_hf.benchmark_report import benchmark_card, disturbed
 from rezero_hf.benchmarks import MEASURES, alone, chosen, compare, compare_imports
 from rezero_hf.errors import UserError
@@ -138,19 +138,35 @@ def test_an_arm_beside_which_rezero_was_slow_was_measured_on_a_busy_machine():
     assert not disturbed({"comparisons": rows[1:]})
 
 
+def fake_part(command, slow=(), lost=()):
+    """The rows that a process for a part prints, made up; ReZero is slow in those measures, and those are not there."""
+    words = dict(pairwise(command))
+    part, names = words["--part"], [words["--only"]] if "--only" in words else list(MEASURES)
+    arms = {arm.name: arm for arm in ARMS}
+    if part == "import":
+        which = [(name, "import", "fp32") for name, arm in arms.items() if "import" in arm.measures]
+    else:
+        which = [(part, name, mode.name) for mode, name in chosen(arms[part], names, modes(CPU))]
+    return [
+        {"arm": arm, "measure": name, "mode": mode, "limits": {}, "tokens": 1, "flops": None, "peak_flops": None}
+        | {"costs": {"arm": [2.0] * 6, "reference": [2.0 if name in slow else 1.0] * 6}}
+        for arm, name, mode in which
+        if name not in lost
+    ]
+
+
 def test_what_was_disturbed_is_measured_once_more_at_the_end_and_whenever_asked(monkeypatch, tmp_path, capsys):
-    """That measure of that arm alone, with the commit it was measured at; the rest of the result stays as it is."""
-    busy, calls = ["Llama", "Llama"], []
+    """That measure of that arm alone, with the commit it was measured at and what it took before; the rest stays."""
+    slow, calls = ["load", "load"], []
 
     def fake(command):
         assert "--again" not in command
         words = dict(pairwise(command))
         calls.append([words[word] for word in ("--part", "--only", "--mode") if word in words])
-        slow = 2.0 if words["--part"] in busy[:1] else 1.0
-        busy[:1] = [] if slow == 2 else busy[:1]
-        row = {"arm": words["--part"], "measure": "load", "mode": "fp32", "limits": {}}
-        row |= {"tokens": None, "flops": None, "peak_flops": None}
-        return [row | {"costs": {"arm": [2.0] * 6, "reference": [slow] * 6}}], None
+        found = slow[:1] if words["--part"] == "Llama" else []
+        if found:
+            slow.pop()
+        return fake_part(command, found), None
 
     monkeypatch.setattr(benchmarks, "alone", fake)
     monkeypatch.setitem(SIZES, "cpu", SIZES["smoke"])
@@ -165,8 +181,8 @@ def test_what_was_disturbed_is_measured_once_more_at_the_end_and_whenever_asked(
     assert calls[done:] == [["Llama", "load", "fp32"]]
     after = json.loads((tmp_path / "result.json").read_text())
     assert after["complete"] and not after["failed"] and after["started"] == before["started"]
-    assert [row["arm"] for row in after["again"]] == ["Llama", "Llama"]
-    others = [[row for row in each["comparisons"] if row["arm"] != "Llama"] for each in (before, after)]
+    assert [(row["arm"], row["costs"]["reference"][0]) for row in after["again"]] == [("Llama", 2.0)] * 2
+    others = [[row for row in each["comparisons"] if row["measure"] != "load"] for each in (before, after)]
     assert others[0] == others[1]
     assert "load fp32 beside Llama" in benchmark_card(after)
 
@@ -180,28 +196,42 @@ def test_what_was_disturbed_is_measured_once_more_at_the_end_and_whenever_asked(
     assert "there is no" in capsys.readouterr().err
 
 
+def test_a_result_that_lacks_comparisons_is_not_complete(monkeypatch, tmp_path, capsys):
+    """Whatever was measured once more since: a process that died left some out, an interrupted run whole arms."""
+    slow = ["load"]
+
+    def fake(command):
+        if dict(pairwise(command))["--part"] != "Llama":
+            return fake_part(command), None
+        return fake_part(command, slow, ["decode_8"]), None if "--only" in command else "SIGKILL"
+
+    monkeypatch.setattr(benchmarks, "alone", fake)
+    monkeypatch.setitem(SIZES, "cpu", SIZES["smoke"])
+    assert benchmark(monkeypatch, "--device", "cpu", "--output", tmp_path) == 2
+    assert "Llama (SIGKILL)" in capsys.readouterr().err
+    slow.clear()
+    assert benchmark(monkeypatch, "--device", "cpu", "--output", tmp_path, "--again") == 2
+    assert capsys.readouterr().err.endswith("Llama (decode_8 fp32 is missing)\n")
+    assert not json.loads((tmp_path / "result.json").read_text())["complete"]
+
+
 def test_an_arm_that_fails_is_named_and_the_others_are_kept(monkeypatch, tmp_path, capsys):
     """The table has the others, the end is an error, and nothing can be committed, an older result neither."""
     (tmp_path / "result.json").write_text('{"size": "cpu", "complete": true}')
 
     def fake(command):
         assert not json.loads((tmp_path / "result.json").read_text())["complete"]
-        costs = {"arm": [2.0] * 6, "reference": [1.0] * 6}
-        row = {"arm": command[-1], "measure": "load", "mode": "fp32", "costs": costs, "limits": {}}
-        row |= {"tokens": None, "flops": None, "peak_flops": None}
-        return ([], "SIGKILL") if command[-1] == "Llama" else ([row], None)
+        return ([], "SIGKILL") if command[-1] == "Llama" else (fake_part(command), None)
 
     monkeypatch.setattr(benchmarks, "alone", fake)
     monkeypatch.setitem(SIZES, "cpu", SIZES["smoke"])
     assert benchmark(monkeypatch, "--device", "cpu", "--output", tmp_path) == 2
     said = capsys.readouterr()
     assert said.err.endswith("error: not measured, or not well: Llama (SIGKILL)\n")
-    assert "| load time, ms | fp32 | 1,000 |" in said.out
+    assert "| time to first token, ms | fp32 | " in said.out
     result = json.loads((tmp_path / "result.json").read_text())
-    assert [row["arm"] for row in result["comparisons"]] == [
-        *(arm.name for arm in ARMS if arm.name != "Llama"),
-        "import",
-    ]
+    measured = {row["arm"] for row in result["comparisons"] if row["measure"] != "import"}
+    assert measured == {arm.name for arm in ARMS if arm.name != "Llama"}
     assert {"rezero", "x_transformers"} <= set(result["versions"])
     with pytest.raises(UserError, match="a part alone; it lacks Llama"):
         collect_result(tmp_path)
@@ -214,7 +244,7 @@ def test_a_profile_tells_where_the_time_goes(monkeypatch, capsys):
     assert title == "training, fp32:" and header == "| operation | calls | ms | share |"
     assert any(line.startswith("| aten::mm | ") for line in lines) and "between operations" in lines[-1]
     assert 95 <= sum(int(line.split("|")[4].strip(" %")) for line in lines) <= 105
-    for words in (["--only", "import"], [], ["--only", "train", "--profile", "Bert"]):
+    for words in (["--only", "import"], ["--only", "memory"], [], ["--only", "train", "--profile", "Bert"]):
         assert benchmark(monkeypatch, "--smoke", "--profile", "GPT-2", *words) == 2
         assert "error: --profile" in capsys.readouterr().err
 

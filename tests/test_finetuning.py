@@ -525,6 +525,7 @@ def test_stdlib_functions_say_whether_something_is_given_back(tmp_path, monkeypa
     assert labels["def walk7(self):"] == "a value"
     held_out = [row.text for split in ("validation", "test") for row in found.splits[split]]
     assert "def inner():" not in held_out and held_out
+    assert found.record["origin"]["rows_in_an_earlier_split"] > 0
     for rows in found.splits.values():
         assert 2 * sum(row.label for row in rows) == len(rows) > 0
     numbers = [{re.search(r"\d+", row.text)[0] for row in rows if row.label} for rows in found.splits.values()]
