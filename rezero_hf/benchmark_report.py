@@ -46,8 +46,9 @@ SIZES = (
 )
 NONE = "No measurement is committed yet."
 LEGEND = (
-    "Above 1 ReZero is faster or smaller than the best of them, below 1 slower or larger; in brackets the quartiles of "
-    "the repeats."
+    "Above 1 ReZero is faster or smaller than the best of them, below 1 slower or larger: the median of neighbours in "
+    "time, which need not be the ratio of the two medians beside it, and in brackets the quartiles. Shares of a limit "
+    "are of ReZero beside itself."
 )
 TICKS = (0.1, 0.2, 0.35, 0.6, 0.8, 1, 1.25, 1.6, 3, 5, 10)
 

@@ -13,6 +13,7 @@ from functools import partial
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from .models.embeddings import rotate
 from .models.gating import is_plain_linear
@@ -63,20 +64,13 @@ class JointAttention(ReZeroAttention):
             for linear, rows in zip(linears, values.split(widths), strict=True):
                 linear.get_parameter(name).data = rows
         # In a tuple, where torch does not look for modules.
-        attention.joint = (joint, [(part, linear, _distances(linear, joint)) for part, linear in _named(attention)])
+        attention.joint = joint, [(part, linear, _rows(linear, joint)) for part, linear in _named(attention)]
         attention.__class__ = cls
         return joint
 
     def heads(self, x, position_embeddings):
         joint, parts = self.joint
-        if (
-            torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
-            or not all(
-                self._modules[part] is linear and is_plain_linear(linear) and _distances(linear, joint) == distances
-                for part, linear, distances in parts
-            )
-        ):
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not self._holds():
             return super().heads(x, position_embeddings)
         query, key, value = (linear.out_features // self.head_dim for _, linear, _ in parts)
         heads = joint(x).view(*x.shape[:-1], -1, self.head_dim).transpose(1, 2)
@@ -84,6 +78,24 @@ class JointAttention(ReZeroAttention):
         if position_embeddings is not None:
             turned = rotate(turned, *position_embeddings)
         return *turned.split((query, key), dim=1), value
+
+    def _holds(self) -> bool:
+        """Whether the joint matrix still is what the three are. Asked for every token: all by dictionaries."""
+        joint, parts = self.joint
+        for part, linear, rows in parts:
+            if (
+                self._modules[part] is not linear
+                or linear._forward_hooks
+                or linear._forward_pre_hooks
+                # Offloaded.
+                or "forward" in vars(linear)
+            ):
+                return False
+            for name, parameter, distance in rows:
+                whole = joint._parameters[name]
+                if linear._parameters[name] is not parameter or parameter.data_ptr() - whole.data_ptr() != distance:
+                    return False
+        return not _has_any_global_hook()
 
 
 @torch.no_grad()
@@ -149,10 +161,12 @@ def _can_join(attention: ReZeroAttention) -> bool:
     )
 
 
-def _distances(linear: nn.Linear, joint: nn.Linear) -> list[int]:
-    """How far its parameters lie in memory from those of the whole."""
-    both = zip(linear._parameters.values(), joint._parameters.values(), strict=True)
-    return [own.data_ptr() - whole.data_ptr() for own, whole in both if whole is not None]
+def _rows(linear: nn.Linear, joint: nn.Linear) -> list[tuple[str, nn.Parameter, int]]:
+    """Its parameters, by name, and how far they lie in memory from those of the whole."""
+    return [
+        (name, parameter, parameter.data_ptr() - joint.get_parameter(name).data_ptr())
+        for name, parameter in linear.named_parameters()
+    ]
 
 
 def _kind(linear: nn.Linear, turns: bool) -> tuple:

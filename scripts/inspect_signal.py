@@ -13,14 +13,16 @@ from typing import Annotated
 
 import torch
 import typer
-from transformers import AutoConfig, set_seed
+from transformers import PreTrainedConfig, set_seed
 
 import rezero_hf
 from rezero_hf.cli import run
 from rezero_hf.diagnostics import signal_record
-from rezero_hf.errors import UserError
+from rezero_hf.errors import UserError, one_line
+from rezero_hf.opening import find, load_folder
 from rezero_hf.recipe import load_language_recipe
 from rezero_hf.signal_figures import norm_curves
+from rezero_hf.sources import writable_folder
 from rezero_hf.tokenization import load_tokenizer
 
 
@@ -46,6 +48,13 @@ def main(
     ] = None,
 ) -> None:
     """Print RMS of stream and gradient, gates and their use for each layer, and the spectrum of the Jacobian."""
+    for option, path in (("--output", output), ("--figure", figure)):
+        if path is not None:
+            writable_folder(path.parent, f"name another file with {option}")
+            if path.is_dir():
+                raise UserError(f"{option} {path}: this is a folder; name a file.")
+    if figure is not None and figure.suffix != ".png":
+        raise UserError(f"--figure {figure}: name a file that ends in .png.")
     if model.endswith((".yaml", ".yml")):
         recipe = load_language_recipe(model, overrides or ())
         tokenizer = load_tokenizer(recipe.data.tokenizer)
@@ -54,14 +63,16 @@ def main(
     else:
         if overrides:
             raise UserError(f"{overrides[0]!r} goes with a recipe; a checkpoint is what it is.")
-        try:
-            name = (AutoConfig.from_pretrained(model).architectures or ["nothing"])[0]
-        except (OSError, ValueError) as error:
-            raise UserError(f"{model}: no checkpoint here ({str(error).splitlines()[0]}).") from error
-        if name not in rezero_hf.__all__:
-            raise UserError(f"{model}: holds {name}, not a model of rezero_hf.")
-        network = getattr(rezero_hf, name).from_pretrained(model)
-        tokenizer = None if network.main_input_name == "pixel_values" else load_tokenizer(model)
+
+        def choose(config: PreTrainedConfig) -> type:
+            name = (config.architectures or ["nothing"])[0]
+            if name not in rezero_hf.__all__:
+                raise UserError(f"{model} holds {name}, not a model of rezero_hf.")
+            return getattr(rezero_hf, name)
+
+        folder, _ = find(model)
+        network = load_folder(folder, model, choose)
+        tokenizer = None if network.main_input_name == "pixel_values" else load_tokenizer(str(folder))
 
     if tokenizer is None:
         generator = torch.Generator().manual_seed(seed)
@@ -70,7 +81,11 @@ def main(
         if hasattr(network, "classifier"):
             batch["labels"] = torch.randint(config.num_labels, (inputs,), generator=generator)
     else:
-        ids = tokenizer(text.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"][: inputs * tokens]
+        try:
+            words = text.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise UserError(f"{text} cannot be read as UTF-8 text ({one_line(error)}).") from error
+        ids = tokenizer(words, add_special_tokens=False)["input_ids"][: inputs * tokens]
         if len(ids) < inputs * tokens:
             raise UserError(f"{text}: {len(ids)} tokens, fewer than {inputs} x {tokens}; lower --inputs or --tokens.")
         batch = {"input_ids": torch.tensor(ids).view(inputs, tokens)}

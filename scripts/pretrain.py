@@ -51,13 +51,17 @@ def main(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what the run needs; train nothing")] = False,
     mfu: Annotated[float, typer.Option(help="with --dry-run: model FLOPs utilisation to expect")] = 0.4,
     devices: Annotated[
-        int | None, typer.Option(help="with --dry-run: number of devices, instead of this launch's")
+        int | None, typer.Option(min=1, help="with --dry-run: number of devices, instead of this launch's")
     ] = None,
-    shards: Annotated[int, typer.Option(help="with --dry-run: devices that share the weights under FSDP")] = 1,
+    shards: Annotated[int, typer.Option(min=1, help="with --dry-run: devices that share the weights under FSDP")] = 1,
     device: Annotated[str | None, typer.Option(help="with --dry-run: cpu or cuda, instead of what is here")] = None,
 ):
     started = time.perf_counter()
     check_launch()
+    if not 0 < mfu <= 1:
+        raise UserError(f"--mfu {mfu}: must be above 0 and at most 1.")
+    if device not in (None, "cpu", "cuda"):
+        raise UserError(f"--device {device}: take cpu or cuda.")
     plan = load_language_recipe(recipe, overrides or (), smoke)
     output = output or Path("runs") / plan.name
     args = plan.training_arguments(output / "checkpoints")

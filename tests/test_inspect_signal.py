@@ -52,3 +52,23 @@ def test_the_script_on_checkpoints(tmp_path, inspect_signal, tiny_model):
         status, _, error = inspect_signal(*arguments)
         assert status == 2
         assert error.splitlines()[-1].startswith("error: ")
+
+
+def test_what_cannot_be_read_or_written_is_one_line_before_anything_is_printed(tmp_path, inspect_signal, tiny_model):
+    model = tmp_path / "lm"
+    tiny_model().save_pretrained(model)
+    byte_tokenizer().save_pretrained(model)
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
+    for words in (
+        ("--text", tmp_path / "none.txt"),
+        ("--text", tmp_path / "bytes.txt"),
+        ("--output", tmp_path),
+        ("--output", tmp_path / "bytes.txt" / "x.json"),
+        ("--figure", tmp_path / "figure.xyz"),
+    ):
+        status, said, error = inspect_signal(model, *words)
+        assert (status, said) == (2, "") and error.splitlines()[-1].startswith("error: "), words
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    status, said, error = inspect_signal(model)
+    assert (status, said) == (2, "") and "error: " in error.splitlines()[-1]

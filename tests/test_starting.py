@@ -216,6 +216,8 @@ def test_the_script_checks_the_beginning_before_the_run(checkpoint, tmp_path, te
         return capsys.readouterr().err.splitlines()[-1]
 
     assert "error: init_from.path=nowhere/x: no language model" in said("--dry-run", "init_from.path=nowhere/x")
+    assert "error: --mfu 0.0: must be above 0" in said("--dry-run", "--mfu", "0")
+    assert "error: --device tpu: take cpu or cuda" in said("--dry-run", "--device", "tpu")
     monkeypatch.setattr(run_folder, "is_interrupted", lambda path: True)
     assert "run: the run there ended meanwhile; the same command again begins another" in said()
 
