@@ -10,6 +10,7 @@ from .benchmarks import MEASURES
 from .figures import GREY, new_figure, save
 from .markdown import join
 from .markdown import table as markdown_table
+from .runs import commit_name
 from .study_figures import COLOURS
 from .study_results import result_name
 from .turns import Spread, ratios, sign_test
@@ -164,11 +165,11 @@ def benchmark_card(result: dict[str, Any]) -> str:
         "threads": str(result["threads"]),
         "took": f"{result['seconds'] / 60:.0f} minutes",
         "versions": join(f"{package} {version}" for package, version in result["versions"].items()),
-        "commit": _commit(git),
+        "commit": commit_name(git),
     }
     if result.get("again"):
         again = [
-            f"{row['measure']} {row['mode']} beside {row['arm']} ({_commit(row['git'])})" for row in result["again"]
+            f"{row['measure']} {row['mode']} beside {row['arm']} ({commit_name(row['git'])})" for row in result["again"]
         ]
         facts["measured once more, the machine having been busy"] = join(again)
     return CARD.format(
@@ -235,10 +236,6 @@ def _gain(row: dict[str, Any]) -> str:
     low, middle, high = (1 / times for times in reversed(advantage(row)))
     told = verdict(row)
     return f"{middle:.2f} ({low:.2f} to {high:.2f})" if told in ("ahead", "behind") else told
-
-
-def _commit(git: dict[str, Any] | None) -> str:
-    return f"{git['sha'][:8]}{' with changes' if git['dirty'] else ''}" if git else "unknown"
 
 
 def _what(row: dict[str, Any]) -> tuple[str, str]:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -111,6 +111,12 @@ def chosen(arm: Arm, names: Iterable[str], modes: Iterable[Mode]) -> list[tuple[
         and (MEASURES[name].every_mode or mode.dtype is torch.float32)
         and MEASURES[name].cost
     ]
+
+
+def expected(arms: Collection[Arm], names: Collection[str], modes: Iterable[Mode]) -> set[tuple[str, str, str]]:
+    """Arm, measure and mode, by their names, of every comparison of a whole benchmark."""
+    found = {(arm.name, name, mode.name) for arm in arms for mode, name in chosen(arm, names, modes)}
+    return found | {(arm.name, "import", "fp32") for arm in arms if "import" in names and "import" in arm.measures}
 
 
 def compare(

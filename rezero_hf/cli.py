@@ -1,4 +1,7 @@
-"""How every script starts: typer reads the arguments, and a user's mistake ends in one line instead of a traceback."""
+"""How every script starts: typer reads the arguments, and a user's mistake ends in one line instead of a traceback.
+
+And how it takes the files that arguments name.
+"""
 
 import functools
 import gc
@@ -6,11 +9,13 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 import typer
 
 from .errors import UserError, one_line
+from .sources import writable_folder
 
 
 # What torch says when a peer or a data loader has ended: gloo, NCCL, the store they meet at, and DataLoader.
@@ -75,6 +80,35 @@ def _guarded(main: Callable) -> Callable:
             leave_group()
 
     return guarded
+
+
+def read_text(path: Path) -> str:
+    """The text of a file that a user named.
+
+    Raises:
+        UserError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return path.expanduser().read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as UTF-8 text ({one_line(error)})") from error
+
+
+def result_file(path: Path, option: str) -> Path:
+    """The file that a result goes to, `~` expanded, its folder tried out before the work.
+
+    Args:
+        path: what the user said.
+        option: with which, for messages.
+
+    Raises:
+        UserError: it is a folder, or nothing can be written beside it.
+    """
+    path = path.expanduser()
+    writable_folder(path.parent, f"name another file with {option}")
+    if path.is_dir():
+        raise UserError(f"{option} {path}: this is a folder; name a file")
+    return path
 
 
 def leave_group() -> None:

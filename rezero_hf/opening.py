@@ -165,6 +165,8 @@ def find(name: str) -> tuple[Path, str | None]:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder, None
+    if folder.exists():
+        raise UserError(f"{name} is a file; name the folder of a model.")
     repository, _, revision = name.partition("@")
     if not re.fullmatch(r"(?:[\w.-]+/)?[\w.-]+", repository):
         raise UserError(f"{name}: there is no such folder.")

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from .errors import UserError
 from .markdown import join
 from .markdown import table as markdown_table
-from .runs import read_metrics
+from .runs import commit_name, read_metrics
 from .traces import scrub
 
 
@@ -43,7 +43,7 @@ def collect(run_dir: str | Path) -> dict[str, Any]:
 
 
 def collect_result(run_dir: str | Path) -> dict[str, Any]:
-    """The result of a study (`scripts/reproduce.py`), a benchmark or the integrations that were run whole.
+    """The result, scrubbed, of a study (`scripts/reproduce.py`), a benchmark or the integrations that were run whole.
 
     Raises:
         UserError: there is none, or its numbers are not worth keeping: a smoke run, some rows alone, a benchmark
@@ -57,7 +57,7 @@ def collect_result(run_dir: str | Path) -> dict[str, Any]:
         missing = join([*result.get("left_out", ()), *result.get("failed", ())])
         way_out = f"it lacks {missing}" if missing else "run the same command to its end, without --only"
         raise UserError(f"{path} holds a part alone; {way_out}")
-    return result
+    return scrub(result)
 
 
 class Committed(NamedTuple):
@@ -83,7 +83,6 @@ def table(records: Iterable[dict[str, Any]]) -> str:
     """A Markdown table of runs, in the order of name and seed; bits per byte, lower is better."""
     rows = []
     for record in sorted(records, key=lambda record: (record["name"], record["seed"])):
-        git = record["git"] or {"sha": "unknown", "dirty": False}
         rows.append(
             [
                 record["name"],
@@ -94,7 +93,7 @@ def table(records: Iterable[dict[str, Any]]) -> str:
                 f"{record['training_seconds'] / 60:.1f} min",
                 record["device"],
                 f"torch {record['versions']['torch']}, transformers {record['versions']['transformers']}",
-                f"`{git['sha'][:8]}`" + (" with changes" if git["dirty"] else ""),
+                f"`{commit_name(record['git'])}`",
             ]
         )
     lines = [COLUMNS, ["---"] * len(COLUMNS), *rows]
@@ -129,8 +128,8 @@ def integrations_section(results: Iterable[dict[str, Any]]) -> str:
     for result in results:
         packages = ("torch", "transformers")
         versions = ", ".join(f"{package} {result['versions'][package]}" for package in packages)
-        git = result["git"] or {"sha": "unknown"}
-        made = f"On {result['device']}, {versions}, commit `{git['sha'][:8]}`; one model of {result['checkpoint']}."
+        made = f"On {result['device']}, {versions}, commit `{commit_name(result['git'])}`; "
+        made += f"one model of {result['checkpoint']}."
         parts += [integrations_table(result), made]
     return "\n\n".join(parts) or NONE
 

@@ -114,6 +114,11 @@ def git_state() -> dict[str, Any] | None:
         return None
 
 
+def commit_name(git: dict[str, Any] | None) -> str:
+    """What `git_state` found, for people."""
+    return f"{git['sha'][:8]}{' with changes' if git['dirty'] else ''}" if git else "unknown"
+
+
 def device_name(device: torch.device) -> str:
     """The accelerator's name, or the processor's with the number of cores this process may use."""
     if device.type == "cuda":

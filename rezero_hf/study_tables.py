@@ -8,6 +8,7 @@ from typing import Any
 
 from .diagnostics import zeros_are_resolved
 from .markdown import table as markdown_table
+from .runs import commit_name
 from .study_plan import short
 from .study_results import ahead_from, place_of, places, result_name
 
@@ -117,7 +118,7 @@ def study_card(result: dict[str, Any], figures: Iterable[str]) -> str:
     """
     figures = sorted(figures, key=lambda name: [int(part) if part.isdigit() else part for part in NUMBER.split(name)])
     versions = ["; ".join(f"{package} {version}" for package, version in found.items()) for found in result["versions"]]
-    commits = [f"{git['sha'][:8]}{' with changes' if git['dirty'] else ''}" for git in result["git"] if git]
+    commits = [commit_name(git) for git in result["git"] if git]
     facts = {
         "command": f"`{result['command']}`",
         "size": {"cpu": "small (the default)"}.get(result["size"], result["size"]),

@@ -25,7 +25,7 @@ from rezero_hf.benchmark_arms import ARMS, REFERENCE, SIZES, installed, paramete
 from rezero_hf.benchmark_cases import modes
 from rezero_hf.benchmark_profile import time_table
 from rezero_hf.benchmark_report import benchmark_figure, benchmark_table, disturbed
-from rezero_hf.benchmarks import LEAST, MEASURES, alone, chosen, compare, compare_imports
+from rezero_hf.benchmarks import LEAST, MEASURES, alone, chosen, compare, compare_imports, expected
 from rezero_hf.cli import run
 from rezero_hf.errors import UserError
 from rezero_hf.runs import git_state, provenance
@@ -142,8 +142,7 @@ def main(
             row.update(rows[0])
         result["seconds"] = round(time.perf_counter() - start)
         write()
-    wanted = {(name, each, of.name) for name, arm in arms.items() for of, each in chosen(arm, names, within.values())}
-    wanted |= {(name, "import", "fp32") for name, arm in arms.items() if "import" in names and "import" in arm.measures}
+    wanted = expected(arms.values(), names, within.values())
     wanted -= {(row["arm"], row["measure"], row["mode"]) for row in result["comparisons"]}
     wrong = {} if smoke else {row["arm"]: f"the machine was busy during {_what(row)}" for row in disturbed(result)}
     wrong |= {arm: f"{measure} {of} is missing" for arm, measure, of in sorted(wanted)}

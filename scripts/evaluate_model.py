@@ -23,7 +23,7 @@ from typing import Annotated
 
 import typer
 
-from rezero_hf.cli import run
+from rezero_hf.cli import result_file, run
 from rezero_hf.durable import write_whole
 from rezero_hf.errors import UserError
 from rezero_hf.evaluation import evaluate_images, evaluate_labels, evaluate_text, keep, why_not_kept
@@ -31,7 +31,6 @@ from rezero_hf.evaluation_data import data_for
 from rezero_hf.markdown import number, table
 from rezero_hf.opening import open_model
 from rezero_hf.runs import now, provenance
-from rezero_hf.sources import writable_folder
 
 
 Split = StrEnum("Split", ["validation", "test", "train", "all"])
@@ -56,10 +55,7 @@ def main(
 ) -> None:
     # Measuring takes long, so whether its result has a place comes first.
     if output is not None:
-        output = output.expanduser()
-        writable_folder(output.parent, "name another file with --output")
-        if output.is_dir():
-            raise UserError(f"--output {output}: this is a folder; name a file.")
+        output = result_file(output, "--output")
     opened = open_model(model)
     if reason := why_not_kept(opened):
         print(f"will not be kept beside the model: {reason}" + ("" if output else " (--output FILE keeps it)"))

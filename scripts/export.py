@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoProcessor
 from rezero_hf.checkpoints import verify_checkpoint
 from rezero_hf.cli import run
 from rezero_hf.descriptions import described_class
+from rezero_hf.errors import UserError
 from rezero_hf.export import export_folder
 from rezero_hf.opening import load_processor
 from rezero_hf.runs import read_metrics, read_record
@@ -26,6 +27,8 @@ def main(
     output: Annotated[Path, typer.Argument(help="where to; an earlier export there is replaced")],
     license: Annotated[str | None, typer.Option(help="licence of code and weights, e.g. mit [as recorded]")] = None,
 ):
+    if not checkpoint.is_dir():
+        raise UserError(f"{checkpoint}: there is no such folder")
     verify_checkpoint(checkpoint)
     config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
     model_class = described_class(config)

@@ -4,7 +4,8 @@
     python scripts/inspect_signal.py scripts/recipes/quickstart.yaml model.residual=post_norm model.num_hidden_layers=64
 
 Language models read the first tokens of `--text` (by default this file), image models get normal noise, as in the
-authors' notebook. Wide or long inputs have only the mean squared singular value of their Jacobian estimated.
+authors' notebook. Of a wide network the mean squared singular value of the Jacobian is estimated; `--max-size 4096`
+gives all its singular values, and takes minutes.
 """
 
 import json
@@ -16,13 +17,12 @@ import typer
 from transformers import PreTrainedConfig, set_seed
 
 import rezero_hf
-from rezero_hf.cli import run
+from rezero_hf.cli import read_text, result_file, run
 from rezero_hf.diagnostics import signal_record
-from rezero_hf.errors import UserError, one_line
+from rezero_hf.errors import UserError
 from rezero_hf.opening import find, load_folder
 from rezero_hf.recipe import load_language_recipe
 from rezero_hf.signal_figures import norm_curves
-from rezero_hf.sources import writable_folder
 from rezero_hf.tokenization import load_tokenizer
 
 
@@ -41,6 +41,9 @@ def main(
     text: Annotated[Path, typer.Option(help="what language models read", show_default="this script")] = Path(__file__),
     inputs: Annotated[int, typer.Option(min=1, help="pieces of text, or images")] = 4,
     tokens: Annotated[int, typer.Option(min=2, help="tokens of a piece")] = 16,
+    max_size: Annotated[
+        int, typer.Option("--max-size", min=1, help="tokens x width up to which a Jacobian is exact, not estimated")
+    ] = 1024,
     seed: Annotated[int, typer.Option(help="of the noise and labels of images")] = 0,
     output: Annotated[Path | None, typer.Option(help="where the whole record goes, as JSON")] = None,
     figure: Annotated[
@@ -48,11 +51,8 @@ def main(
     ] = None,
 ) -> None:
     """Print RMS of stream and gradient, gates and their use for each layer, and the spectrum of the Jacobian."""
-    for option, path in (("--output", output), ("--figure", figure)):
-        if path is not None:
-            writable_folder(path.parent, f"name another file with {option}")
-            if path.is_dir():
-                raise UserError(f"{option} {path}: this is a folder; name a file.")
+    output = output and result_file(output, "--output")
+    figure = figure and result_file(figure, "--figure")
     if figure is not None and figure.suffix != ".png":
         raise UserError(f"--figure {figure}: name a file that ends in .png.")
     if model.endswith((".yaml", ".yml")):
@@ -81,18 +81,14 @@ def main(
         if hasattr(network, "classifier"):
             batch["labels"] = torch.randint(config.num_labels, (inputs,), generator=generator)
     else:
-        try:
-            words = text.read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise UserError(f"{text} cannot be read as UTF-8 text ({one_line(error)}).") from error
-        ids = tokenizer(words, add_special_tokens=False)["input_ids"][: inputs * tokens]
+        ids = tokenizer(read_text(text), add_special_tokens=False)["input_ids"][: inputs * tokens]
         if len(ids) < inputs * tokens:
             raise UserError(f"{text}: {len(ids)} tokens, fewer than {inputs} x {tokens}; lower --inputs or --tokens.")
         batch = {"input_ids": torch.tensor(ids).view(inputs, tokens)}
         if type(network).__name__ in LANGUAGE_MODELS:
             batch["labels"] = batch["input_ids"]
 
-    record = signal_record(network, batch)
+    record = signal_record(network, batch, max_size)
     norms, jacobian = record["norms"], record["jacobian"]
     gradients = norms["gradient"] or [None] * len(norms["activation"])
     print(f"{'layer':>5}  {'stream':>9}  {'gradient':>9}  {'alpha':>16}  relative update")

@@ -15,9 +15,9 @@ import torch
 import typer
 from transformers import AutoProcessor, PreTrainedModel
 
-from rezero_hf.cli import run
+from rezero_hf.cli import read_text, run
 from rezero_hf.descriptions import described_class
-from rezero_hf.errors import UserError, one_line
+from rezero_hf.errors import UserError
 from rezero_hf.export import Processor, export_folder
 from rezero_hf.licences import license_there
 from rezero_hf.models import ReZeroForCausalLM
@@ -99,14 +99,8 @@ def prune(
     if not isinstance(model, ReZeroForCausalLM):
         kind = type(model).__name__
         raise UserError(f"{folder} holds a {kind}, not judged by text alone; rezero_hf.prune_layers takes batches")
-    if not text.is_file():
-        raise UserError(f"{text}: there is no such file")
     tokens = min(tokens, model.config.max_position_embeddings)
-    try:
-        words = text.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{text} cannot be read as UTF-8 text ({one_line(error)})") from error
-    ids = processor(words, add_special_tokens=False)["input_ids"][: pieces * tokens]
+    ids = processor(read_text(text), add_special_tokens=False)["input_ids"][: pieces * tokens]
     if len(ids) < tokens:
         raise UserError(f"{text}: {len(ids)} tokens, fewer than one piece of {tokens}; lower --tokens")
     rows = torch.tensor(ids[: len(ids) // tokens * tokens]).view(-1, 1, tokens)

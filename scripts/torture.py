@@ -24,6 +24,7 @@ from rezero_hf.checkpoints import checkpoints_in, step_of
 from rezero_hf.cli import run
 from rezero_hf.errors import UserError
 from rezero_hf.runs import provenance, read_metrics
+from rezero_hf.sources import writable_folder
 
 
 SCRIPTS = Path(__file__).resolve().parent
@@ -52,8 +53,7 @@ def main(
     kills: Annotated[int, typer.Option(help="SIGKILLs for each of the four cases")] = 8,
     seed: Annotated[int, typer.Option(help="of the moments at which runs are killed")] = 0,
 ):
-    output = output.absolute()
-    output.mkdir(parents=True, exist_ok=True)
+    output = writable_folder(output, "name another folder with --output").absolute()
     if any(output.iterdir()):
         raise UserError(f"{output} is not empty; choose another folder or empty it")
     (output / "text.txt").write_text("".join(f"line {n}: {n * n % 9973} apples, {n % 7} pears\n" for n in range(20000)))

@@ -141,6 +141,7 @@ def test_a_users_mistake_is_one_line(singer, tmp_path, tiny_model, tokenizer, ge
     ReZeroMLPForImageClassification(ReZeroMLPConfig(image_size=4, hidden_size=8)).save_pretrained(tmp_path / "mlp")
     for words, message in [
         ((tmp_path / "none", "a"), "none: there is no such folder"),
+        ((tmp_path / "mute" / "config.json", "a"), "config.json is a file; name the folder"),
         ((tmp_path / "mute", "a"), "mute holds no tokenizer"),
         ((tmp_path / "masked", "a"), "masked holds ReZeroForMaskedLM, which is neither"),
         ((tmp_path / "mlp", "a"), "mlp holds ReZeroMLPForImageClassification, which reads images"),

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from rezero_hf import ReZeroConfig, ReZeroForCausalLM, ReZeroTrainingArguments, load_recipe
 from rezero_hf.errors import UserError
 from rezero_hf.flops import flops_per_token, peak_flops
+from rezero_hf.markdown import duration
 from rezero_hf.memory import language_model, plan_memory
 from rezero_hf.optim import make_optimizer
 from rezero_hf.planning import describe, make_plan
@@ -165,11 +166,11 @@ def test_the_description_says_what_a_renter_asks(tiny_config, arguments):
     for word in ("parameters", "FLOP per token", "1,000 steps x 96 tokens = 96 k tokens", "2 devices", "of 1 GB: fits",
                  "weights", "gradients", "buckets", "optimizer", "activations", "loss", "with it", "50%", "1 TFLOP/s"):  # fmt: skip
         assert word in text, f"{word} is not in\n{text}"
-    assert f"{plan.hours(0.5):,.2f} hours" in text
+    assert f"{duration(3600 * plan.hours(0.5))}, " in text
     assert plan.hours(0.5) == pytest.approx(plan.tokens * plan.flops_per_token / 1e12 / 3600)
     assert "DOES NOT FIT" in describe(dataclasses.replace(plan, capacity=10**3))
     unknown = dataclasses.replace(plan, peak=None)
-    assert "hours" not in describe(unknown) and unknown.hours(0.5) is None
+    assert "time    is not known" in describe(unknown) and unknown.hours(0.5) is None
 
 
 def test_a_process_on_a_cpu_holds_more_than_its_tensors(arguments, monkeypatch):

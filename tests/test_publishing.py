@@ -249,6 +249,14 @@ def test_what_cannot_pass_is_said_at_once(hub, exported, where, message):
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["me/run/more", "not a name", f"{REPO}@"])
+def test_a_dry_run_refuses_what_a_push_would(exported, monkeypatch, capsys, name):
+    """A name that no repository can have, before anything is prepared."""
+    assert publish(monkeypatch, exported, name) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith(f"error: {name}: ") and said.err.count("\n") == 1
+
+
 def test_a_hub_that_does_not_answer_is_given_up(hub, monkeypatch):
     """Nor does the start of a run hang on it."""
     monkeypatch.setattr(publishing, "ACCESS_TIMEOUT", 0.2)

@@ -60,7 +60,7 @@ def test_a_row_shows_what_the_record_says():
     row = table([RECORD]).splitlines()[-1]
     assert row == (
         "| demo | 3 | 1,234,567 | 2,000,000 | 1.234 | 2.000 | 1.5 min | a machine | torch 9.9, transformers 8.8 | "
-        "`01234567` with changes |"
+        "`01234567 with changes` |"
     )
 
 
@@ -129,6 +129,12 @@ def test_a_studys_page_is_made_from_its_committed_result():
 def test_a_benchmarks_page_is_made_from_its_committed_result():
     for result in committed(ROOT / "model_cards" / "results").benchmarks:
         assert (ROOT / "model_cards" / result_name(result) / "README.md").read_text() == benchmark_card(result)
+
+
+def test_a_result_is_collected_without_the_machines_paths(tmp_path):
+    result = {"size": "cpu", "complete": True, "command": "scripts/benchmark.py --output /home/somebody/secret/runs"}
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    assert collect_result(tmp_path)["command"] == "scripts/benchmark.py --output runs"
 
 
 def test_a_study_or_benchmark_that_is_no_result_is_refused(tmp_path):

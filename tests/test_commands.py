@@ -1,0 +1,157 @@
+"""Every line of shell in the README and the guides works for a reader who types it.
+
+It is run as printed but for the words below: what a reader puts in has a stand-in, and what takes long is made small.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from datasets import Dataset, Features, List, Value
+from huggingface_hub import HfApi
+from PIL import Image
+from processes import run_script
+from test_documents import ROOT, blocks
+from test_image_data import pictures, write
+
+from rezero_hf import ReZeroMLPConfig, ReZeroMLPForImageClassification
+from rezero_hf.images import image_processor
+
+
+# What is not run, by how it begins, and why.
+NOT_RUN = {
+    "git clone REPOSITORY": "the reader is there already",
+    "make pretrain": "ten minutes; test_scripts.py runs the recipe small, and the commands that it prints",
+    "hf auth login": "asks a person for a token",
+    "#": "Slurm reads it",
+    "export MASTER=": "asks Slurm; test_launching.py launches on this machine",
+    "srun bash": "needs Slurm; test_launching.py launches on this machine",
+    "python -m rezero_hf serve": "needs a server's packages; `make integrations` serves, and runs the snippet below it",
+    "python scripts/reproduce.py scripts/recipes/cifar_resnets.yaml --full": "hours of a GPU; test_experiments.py plans it",
+    "python scripts/report.py": "takes a study at full size; test_results.py commits one",
+}
+# What a reader puts in, and what it is here.
+STAND_INS = {
+    "ORG/NAME@REVISION": "me/quickstart@main",
+    "ORG/NAME@BRANCH": "me/quickstart@second",
+    "hub:ORG/": "hub:",
+    "ORG/NAME": "me/quickstart",
+    "RECIPE": "scripts/recipes/quickstart.yaml",
+    "runs/NAME/": "runs/quickstart/",
+    "stdlib-functions": "reviews.csv --text-column review --label-column stars",
+    "model.num_hidden_layers=64": "model.num_hidden_layers=8",
+    "checkpoint-1200": "checkpoint-4",
+    "--stride 64": "--stride 16",
+    "training.max_steps=500": "training.max_steps=5",
+    "training.num_train_epochs=20": "training.num_train_epochs=1",
+}
+# What is added to a command, by how it begins, so that it takes seconds.
+SMALL = {
+    "scripts/pretrain.py": ["--smoke"],
+    "scripts/reproduce.py digits.yaml": ["training.max_steps=2", "training.eval_steps=1"],
+    "scripts/reproduce.py scripts/recipes/mlp_depth.yaml": ["--smoke", "data.source=cifar10"],
+    "scripts/reproduce.py": ["--smoke"],
+    "scripts/finetune.py": ["training.max_steps=2"],
+}
+
+
+def printed(code):
+    """The lines of a block, those that go on put together."""
+    return re.sub(r"\\\n *", "", code).splitlines()
+
+
+def reason(line):
+    """Why it is not run, or None."""
+    return next((why for start, why in NOT_RUN.items() if line.startswith(start)), None)
+
+
+def typed(line):
+    """What is run in a line's place: its words after `python`."""
+    small = next((words for start, words in SMALL.items() if line.startswith(f"python {start}")), [])
+    for name, stand_in in STAND_INS.items():
+        line = line.replace(name, stand_in)
+    python, *words = shlex.split(line, comments=True)
+    assert python == "python", line
+    return words if {"--smoke", "--dry-run"} & set(words) else words + small
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder as the guides leave it: recipes copied from them, data of the reader's own, and small finished runs."""
+    folder = tmp_path_factory.mktemp("workplace")
+    (folder / "scripts").symlink_to(ROOT / "scripts")
+    for guide, name in (("recipes", "notes"), ("images", "digits")):
+        code = next(code for where, code in blocks("yaml").items() if where.startswith(f"docs/{guide}.md"))
+        (folder / f"{name}.yaml").write_text(code)
+    texts = ["".join(f"file {number}, line {line} of this text\n" for line in range(200)) for number in range(4)]
+    (folder / "notes").mkdir()
+    for number, text in enumerate(texts):
+        (folder / "notes" / f"{number}.txt").write_text(text)
+    (folder / "notes.txt").write_text(texts[0])
+    write_rows(folder, texts)
+    for split, label in ((split, label) for split in ("train", "test") for label in ("cat", "dog")):
+        (folder / "pictures" / split / label).mkdir(parents=True)
+        for number, pixels in enumerate(pictures(20, seed=len(label + split))[0]):
+            Image.fromarray(pixels).save(folder / "pictures" / split / label / f"{number}.png")
+    write(folder / "cifar10" / "train.parquet", *pictures(200))
+    write(folder / "cifar10" / "test.parquet", *pictures(40, seed=1))
+    for name, channels, size in (("pictures", 3, 32), ("digits", 1, 8)):
+        config = ReZeroMLPConfig(
+            num_channels=channels, image_size=size, hidden_size=8, num_hidden_layers=2, num_labels=10
+        )
+        ReZeroMLPForImageClassification(config).save_pretrained(folder / "runs" / name / "model")
+        image_processor((size, size), [0.3] * channels, [0.4] * channels).save_pretrained(
+            folder / "runs" / name / "model"
+        )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(folder))
+        words = ("--smoke", "data.sources=notes/", "--output", "runs/quickstart")
+        done = run_script(ROOT / "scripts" / "pretrain.py", "scripts/recipes/quickstart.yaml", *words, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def write_rows(folder, texts):
+    """Rows with a label, rows with tags, and rows of text alone, as data sets of the Hub are."""
+    reviews = [{"review": f"{('good', 'bad')[number % 2]} {number}", "stars": number % 2} for number in range(40)]
+    Dataset.from_list(reviews).to_csv(folder / "reviews.csv")
+    tags = [{"tokens": ["def", f"f{number}", "("], "tags": ["key", "name", "sign"]} for number in range(20)]
+    types = Features({"tokens": List(Value("string")), "tags": List(Value("string"))})
+    for name, rows in (("TAGS", Dataset.from_list(tags, types)), ("NAME", Dataset.from_dict({"text": texts}))):
+        (folder / name).mkdir()
+        rows.to_parquet(folder / name / "train.parquet")
+
+
+@pytest.mark.parametrize(
+    "where", [where for where, code in blocks("bash").items() if not all(map(reason, printed(code)))]
+)
+def test_commands_run_as_printed(where, workplace, hub, tmp_path, monkeypatch):
+    """Those of a block one after the other."""
+    monkeypatch.setenv("HOME", str(workplace))
+    for line in printed(blocks("bash")[where]):
+        if reason(line) or not line.strip():
+            continue
+        script, *words = typed(line)
+        if any(word.startswith("me/") for word in words):
+            done = ask_hub(hub, workplace, script, words, tmp_path)
+        else:
+            done = run_script(workplace / script, *words, cwd=workplace)
+        assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+
+
+def ask_hub(hub, workplace, script, words, home):
+    """In a process of its own that takes the server for the Hub, on which the model is."""
+    HfApi().create_repo("me/quickstart", exist_ok=True)
+    HfApi().upload_folder(repo_id="me/quickstart", folder_path=workplace / "runs" / "quickstart" / "model")
+    environment = {**os.environ, **hub.environment(home)}
+    command, streams = [sys.executable, script, *words], {"capture_output": True, "text": True}
+    return subprocess.run(command, cwd=workplace, env=environment, check=False, **streams)
+
+
+def test_what_is_not_run_is_in_the_documents():
+    """Nothing is left out that was taken away or written anew since."""
+    lines = [line for code in blocks("bash").values() for line in printed(code)]
+    assert [start for start in NOT_RUN if not any(line.startswith(start) for line in lines)] == []
