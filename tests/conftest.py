@@ -102,14 +102,7 @@ def hub(monkeypatch, tmp_path):
     They read their settings at import, where the tests' are "offline".
     """
     with HubServer() as server:
-        changes = {
-            "ENDPOINT": server.url,
-            "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
-            "HF_HUB_OFFLINE": False,
-            "HF_HUB_DISABLE_XET": True,
-            "HF_HUB_CACHE": str(tmp_path / "hub"),
-        }
-        for name, value in changes.items():
+        for name, value in server.constants(tmp_path).items():
             monkeypatch.setattr(constants, name, value)
         monkeypatch.setenv("HF_TOKEN", server.token)
         # What Transformers asks the Hub through, kept from its first use on; older ones have none.

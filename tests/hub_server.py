@@ -135,6 +135,16 @@ class HubServer:
         online = {"HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
         return {"HF_ENDPOINT": self.url, "HF_TOKEN": self.token, "HF_HOME": str(home), **online}
 
+    def constants(self, home):
+        """What `huggingface_hub.constants` makes of those at its import, for a process that has it behind it."""
+        return {
+            "ENDPOINT": self.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": self.url + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_XET": True,
+            "HF_HUB_CACHE": str(home / "hub"),
+        }
+
     def _next_fault(self, route):
         with self._lock:
             return self._faults[route].popleft() if self._faults[route] else None

@@ -14,17 +14,24 @@ import tempfile
 import time
 from pathlib import Path
 
+import huggingface_hub.constants
+
 
 forked = multiprocessing.get_context("forkserver")
 forked.set_forkserver_preload(["rezero_hf.training", "torch.distributed.fsdp", "torch.distributed.tensor.experimental"])
 
 
-def run_script(script, *arguments, cwd=None):
-    """Run a script with `sys.argv` of itself and the arguments; gives its exit status and what it wrote."""
+def run_script(script, *arguments, cwd=None, hub=None):
+    """Run a script with `sys.argv` of itself and the arguments; gives its exit status and what it wrote.
+
+    `hub` is a server that it takes for the Hub, and a folder for its caches.
+    """
+    server, home = hub or (None, None)
+    environment, constants = (server.environment(home), server.constants(home)) if hub else ({}, {})
     with tempfile.TemporaryDirectory() as place:
         streams = [Path(place) / name for name in ("stdout", "stderr")]
         command = [str(script), *map(str, arguments)]
-        (status,) = _finish([_start(command, streams, cwd=cwd)], timeout=300)
+        (status,) = _finish([_start(command, streams, environment, cwd, constants)], timeout=300)
         return subprocess.CompletedProcess(command, status, *(stream.read_text() for stream in streams))
 
 
@@ -49,10 +56,10 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def _start(command, streams, environment=(), cwd=None):
+def _start(command, streams, environment=(), cwd=None, constants=()):
     # The server's environment is that of the moment when it was started.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **dict(environment)}
-    process = forked.Process(target=_be, args=(command, streams, environment, cwd))
+    process = forked.Process(target=_be, args=(command, streams, environment, cwd, dict(constants)))
     process.start()
     return process
 
@@ -67,9 +74,12 @@ def _finish(processes, timeout):
     return [process.exitcode for process in processes]
 
 
-def _be(command, streams, environment, cwd):
+def _be(command, streams, environment, cwd, constants):
     os.environ.clear()
     os.environ.update(environment)
+    # Made of the environment at its import, which the server has behind it.
+    for name, value in constants.items():
+        setattr(huggingface_hub.constants, name, value)
     os.chdir(cwd or ".")
     for number, stream in enumerate(streams, start=1):
         with stream.open("a") as file:

@@ -1,7 +1,6 @@
 """Saves reach the Hub while a run goes on, load there, can be gone on from, and never cost the run anything."""
 
 import json
-import os
 import runpy
 import subprocess
 import sys
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from hub_server import Refuse
+from processes import run_script
 from transformers import TrainerCallback
 
 from rezero_hf import (
@@ -45,10 +45,8 @@ for folder in sys.argv[1:]:
 
 
 def pretrain(hub, home, *words):
-    environment = {**os.environ, **hub.environment(home), "OMP_NUM_THREADS": "1"}
     recipe = ROOT / "scripts" / "recipes" / "quickstart.yaml"
-    command = [sys.executable, str(ROOT / "scripts" / "pretrain.py"), str(recipe), "--smoke", *map(str, words)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    return run_script(ROOT / "scripts" / "pretrain.py", recipe, "--smoke", *words, hub=(hub, home))
 
 
 def test_a_run_pushes_what_loads_and_can_be_gone_on_from(hub, text_file, tmp_path):
