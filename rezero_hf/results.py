@@ -55,7 +55,7 @@ def collect_result(run_dir: str | Path) -> dict[str, Any]:
         raise UserError(f"{run_dir} is a smoke run; its numbers mean nothing")
     if not result["complete"]:
         missing = join([*result.get("left_out", ()), *result.get("failed", ())])
-        way_out = f"it lacks {missing}" if missing else "run the same command to its end, without --only"
+        way_out = f"it lacks {missing}" if missing else "run the same command to its end, without --only and --chosen"
         raise UserError(f"{path} holds a part alone; {way_out}")
     return scrub(result)
 

@@ -8,7 +8,7 @@ run with further seeds. Runs are independent: they go on `jobs` at a time, and f
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -40,6 +40,7 @@ def run_study(
     overrides: tuple[str, ...] = (),
     size: str = "cpu",
     jobs: int = 1,
+    chosen: Mapping[str, dict[str, Any]] | None = None,
     tell: Callable[[str], None] = print,
 ) -> dict[str, list[dict[str, Any]]]:
     """Run whatever of a study is not finished.
@@ -52,6 +53,7 @@ def run_study(
         overrides: `section.key=value` over the recipe, for all runs.
         size: the recipe's: `cpu`, `smoke` or `full`.
         jobs: runs at a time, each on its share of the cores. On a GPU 1.
+        chosen: cell name -> what it is tuned to already (`study_results.chosen_in`). Default: cells are tuned.
         tell: called with a line for every run that ends.
 
     Returns:
@@ -104,7 +106,11 @@ def run_study(
                 if record["diverged"]:
                     raise UserError(f"{path}: study.bases.{name}: {record['diverged']}")
                 tell(f"base {name}: {record['results']['validation']}  ({record['training_seconds']:.0f} s)")
-            tuned = {tuners.submit(tune, study, cell, partial(start, cell), tell): cell.name for cell in cells}
+            known = {cell.name: None if chosen is None else chosen[cell.name] for cell in cells}
+            tuned = {
+                tuners.submit(tune, study, cell, partial(start, cell), tell, known[cell.name]): cell.name
+                for cell in cells
+            }
             for future in as_completed(tuned):
                 future.result()
         except BaseException as error:
@@ -142,6 +148,7 @@ def tune(
     cell: Cell,
     start: Callable[[dict[str, Any], int], Future],
     tell: Callable[[str], None] = print,
+    chosen: dict[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Tune one cell with the first seed, then run what was chosen with the others.
 
@@ -152,6 +159,7 @@ def tune(
         study, cell: what to tune.
         start: begins a run, of a setting and a seed, and returns its future record (`experiments.run_experiment`).
         tell: called with a line for every run that ends.
+        chosen: what it is tuned to already; then all seeds run with that alone.
 
     Returns:
         The cell's runs, as `run_study` returns them.
@@ -191,7 +199,7 @@ def tune(
                 return values, values[place]
             values = [beyond, *values] if edge == 0 else [*values, beyond]
 
-    words = study.tuned(cell)
+    words = study.tuned(cell) if chosen is None else {key: [value] for key, value in chosen.items()}
     best = {key: values[0] for key, values in words.items()}
     before = None
     while best != before:

@@ -1,5 +1,6 @@
 """What the runs of a study come to: one JSON, from which its tables and pictures are made."""
 
+import json
 import math
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from .errors import UserError, one_line
 from .recipe import FAMILIES, changed_words, load_recipe
 from .study_plan import METRICS, Cell, Study, load_study
 from .traces import scrub
@@ -99,6 +101,37 @@ def strayed(result: dict[str, Any], path: str | Path) -> list[str]:
     config = FAMILIES[recipe.model_type][0](**{**known, **recipe.model})
     lines = changed_words(result["recipe"], recipe.resolved(config), finished=True)
     return [*changed, *(line for line in lines if not line.startswith("data.path"))]
+
+
+def read_result(file: str | Path, name: str, size: str) -> dict[str, Any]:
+    """`summarise`'s result in a file, of a recipe of that name, in that size.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        result = json.loads(Path(file).read_text(encoding="utf-8"))
+        if "rows" not in result or result["name"] != name or result["size"] != size:
+            raise ValueError(f"no study {name} of the size {size}")
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{file}: holds no result of this recipe in this size ({one_line(error)})") from error
+    return result
+
+
+def chosen_in(result: dict[str, Any], path: str | Path) -> dict[str, dict[str, Any]]:
+    """What each cell of a recipe's study was tuned to in a result, by the cell's name.
+
+    Args:
+        result: `summarise`'s, of all rows.
+        path: of the recipe.
+
+    Raises:
+        UserError: the recipe would not make it now.
+    """
+    if lines := strayed(result, path):
+        raise UserError(f"{path} does not make that result now ({'; '.join(lines)[:300]}): search anew")
+    cells = load_study(path, result["size"]).cells()
+    return {cell.name: row["chosen"] for cell, row in zip(cells, result["rows"], strict=True)}
 
 
 def result_name(result: dict[str, Any]) -> str:

@@ -71,8 +71,7 @@ def study_table(result: dict[str, Any]) -> str:
     lines = []
     for row in result["rows"]:
         finished = [run for run in row["runs"] if not run["diverged"]]
-        label = ", ".join([row["label"], *(f"{short(key)} {value}" for key, value in row["at"].items())])
-        cells = [label, row["reported"] or "", values(row["runs"], "value"), values(row["runs"], "test")]
+        cells = [_label(row), row["reported"] or "", values(row["runs"], "value"), values(row["runs"], "test")]
         if aimed:
             steps = reach(row["runs"], "steps")
             cells += [
@@ -95,6 +94,17 @@ def study_table(result: dict[str, Any]) -> str:
             cells += [text for moment in ("start", "end") for text in spectrum(row, moment)]
         lines.append([*cells, _chosen(row)])
     return markdown_table([*header, "tuned to"], lines)
+
+
+def repeated_table(here: dict[str, Any], there: dict[str, Any]) -> str:
+    """Each row of a result beside the same of another that had its words already, and by how much its mean differs."""
+    lines, cells = [], {(row["row"], place_of(row)): row for row in there["rows"]}
+    for row in here["rows"]:
+        both = [cells[row["row"], place_of(row)]["runs"], row["runs"]]
+        means = [fmean(found) if (found := _measured(runs, "value")) else math.nan for runs in both]
+        difference = f"{means[1] - means[0]:+.3f}" if all(map(math.isfinite, means)) else ""
+        lines.append([_label(row), *(values(runs, "value") for runs in both), difference])
+    return markdown_table(("row", "committed", f"here ({UNITS[here['metric']]})", "difference"), lines)
 
 
 def spectrum(row: dict[str, Any], moment: str) -> tuple[str, str]:
@@ -234,10 +244,14 @@ def baseline_of(result: dict[str, Any], row: dict[str, Any]) -> dict[str, Any] |
 
 def values(runs: list[dict[str, Any]], word: str) -> str:
     """Mean and spread of the runs that did not diverge, and how many did."""
-    found = [run[word] for run in runs if run[word] is not None]
+    found = _measured(runs, word)
     if not found:
         return "diverged" if diverged(runs) else ""
     return spread(found, "{:.3f}") + diverged(runs)
+
+
+def _measured(runs: list[dict[str, Any]], word: str) -> list[float]:
+    return [run[word] for run in runs if run[word] is not None]
 
 
 def diverged(runs: list[dict[str, Any]]) -> str:
@@ -274,6 +288,10 @@ def speed_up(row: dict[str, Any], base: dict[str, Any] | None) -> str:
     if not math.isfinite(ratio) or (row is not base and _within(base["runs"])):
         return ""
     return f"{'≥ ' if row is not base and _within(row['runs']) else ''}{ratio:.2f}x"
+
+
+def _label(row: dict[str, Any]) -> str:
+    return ", ".join([row["label"], *(f"{short(key)} {value}" for key, value in row["at"].items())])
 
 
 def _chosen(row: dict[str, Any]) -> str:

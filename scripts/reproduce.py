@@ -2,8 +2,10 @@
 
 python scripts/reproduce.py scripts/recipes/mlp_depth.yaml            # at the size of two CPU cores
 python scripts/reproduce.py scripts/recipes/mlp_depth.yaml --full     # at the paper's, where the recipe has one
+python scripts/reproduce.py scripts/recipes/mlp_depth.yaml --chosen model_cards/results/mlp_depth.json
 
-What was stopped goes on with the same command: finished runs are kept.
+What was stopped goes on with the same command: finished runs are kept. With `--chosen` nothing is searched, which is
+most of the cost: every row runs with what that result has chosen for it, and stands beside what it was there.
 """
 
 import json
@@ -24,8 +26,8 @@ from rezero_hf.strict import check_names
 from rezero_hf.studies import run_study
 from rezero_hf.study_figures import draw
 from rezero_hf.study_plan import load_study
-from rezero_hf.study_results import summarise
-from rezero_hf.study_tables import study_table
+from rezero_hf.study_results import chosen_in, read_result, summarise
+from rezero_hf.study_tables import repeated_table, study_table
 
 
 def main(
@@ -38,6 +40,9 @@ def main(
     jobs: Annotated[int | None, typer.Option(min=1, help="runs at a time (default: the cores; 1 on a GPU)")] = None,
     full: Annotated[bool, typer.Option("--full", help="the paper's size")] = False,
     smoke: Annotated[bool, typer.Option("--smoke", help="every row for a few seconds")] = False,
+    chosen: Annotated[
+        Path | None, typer.Option(help="a result of this recipe: search nothing, run what was chosen there")
+    ] = None,
 ):
     if full and smoke:
         raise UserError("--full and --smoke are two sizes; choose one")
@@ -46,14 +51,20 @@ def main(
     if only is not None:
         check_names([only], study.rows, f"{recipe}: --only: row")
     plan = load_recipe(recipe, overrides or (), smoke, full)
-    output = output or Path("runs") / (plan.name if size == "cpu" else f"{plan.name}-{size}")
+    kinds = [plan.name, *([] if size == "cpu" else [size]), *([] if chosen is None else ["chosen"])]
+    output = output or Path("runs") / "-".join(kinds)
     if jobs is None:
         jobs = 1 if torch.accelerator.is_available() else cores()
     study = study.smallest() if smoke else study
     words = {"only": only, "overrides": tuple(overrides or ()), "size": size, "jobs": jobs}
+    there = None
+    if chosen is not None:
+        there = read_result(chosen, plan.name, size)
+        words["chosen"] = chosen_in(there, recipe)
     runs = run_study(recipe, study, output, **words)
     if only is not None:
-        print(study_table(summarise(plan.name, size, study, runs)))
+        part = summarise(plan.name, size, study, runs)
+        print(study_table(part) if there is None else repeated_table(part, there))
         return
     times = None
     if study.baseline is not None:
@@ -63,13 +74,16 @@ def main(
         times = step_times(tuned, seconds=2 if smoke else 60)
     result = summarise(plan.name, size, study, runs, times)
     print(study_table(result))
+    if there is not None:
+        result["complete"] = False
+        print(f"\n{repeated_table(result, there)}")
     # The result comes last, and is there only with all that belongs to it.
     (output / "result.json").unlink(missing_ok=True)
     shutil.rmtree(output / "figures", ignore_errors=True)
     for picture in draw(result, output / "figures"):
         print(picture)
     write_whole(output / "result.json", json.dumps(result, indent=1) + "\n")
-    if not smoke:
+    if result["complete"] and not smoke:
         print(f"commit it with: python scripts/report.py {output}")
 
 

@@ -29,6 +29,7 @@ NOT_RUN = {
     "python -m rezero_hf serve": "needs a server's packages; `make integrations` serves, and runs the snippet below it",
     "python scripts/reproduce.py scripts/recipes/cifar_resnets.yaml --full": "hours of a GPU; test_experiments.py plans it",
     "python scripts/report.py": "takes a study at full size; test_results.py commits one",
+    "python scripts/reproduce.py scripts/recipes/norm_free.yaml --chosen": "half an hour; test_experiments.py does it small",
     "python scripts/reproduce.py scripts/recipes/mlp_depth.yaml data.path=cifar10   ": "half an hour; below it one row runs, small",
     "python scripts/pretrain.py notes.yaml   ": "hours; the line above it is the same, small",
 }

@@ -23,6 +23,7 @@ from rezero_hf.errors import UserError
 from rezero_hf.experiments import MODELS, run_experiment
 from rezero_hf.flops import flops_per_token
 from rezero_hf.recipe import load_language_recipe, load_recipe
+from rezero_hf.results import collect_result
 from rezero_hf.step_times import step_times
 from rezero_hf.studies import run_study
 from rezero_hf.study_figures import draw
@@ -318,6 +319,17 @@ def test_the_script_tunes_and_draws(recipe, tmp_path):
     assert pictures == {"curves.png", "steps.png", "gates_rezero.png"}
     assert len(list((tmp_path / "runs").rglob("run.json"))) == 6
     assert done.stdout.count("| rezero |") == 1
+
+    # Once more with what that chose: no other run, and the same numbers.
+    words[1] = tmp_path / "again"
+    done = run_script(ROOT / "scripts" / "reproduce.py", recipe, *words, "--chosen", tmp_path / "runs" / "result.json")
+    assert done.returncode == 0, done.stderr[-3000:]
+    again = json.loads((tmp_path / "again" / "result.json").read_text())
+    assert [row["chosen"] for row in again["rows"]] == [row["chosen"] for row in result["rows"]]
+    assert len(list((tmp_path / "again").rglob("run.json"))) == 4
+    assert done.stdout.count("| +0.000 |") == 2
+    with pytest.raises(UserError, match="without --only and --chosen"):
+        collect_result(tmp_path / "again")
 
 
 @pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])

@@ -12,7 +12,7 @@ from rezero_hf.recipe import RecipeError, load_recipe
 from rezero_hf.studies import run_study, tune
 from rezero_hf.study_figures import draw
 from rezero_hf.study_plan import Cell, Row, Study, load_study
-from rezero_hf.study_results import ahead_from, first_at, summarise
+from rezero_hf.study_results import ahead_from, chosen_in, first_at, read_result, summarise
 from rezero_hf.study_tables import study_card, study_table
 from rezero_hf.tokenization import load_tokenizer
 
@@ -124,6 +124,27 @@ def test_only_a_scale_is_extended_and_a_whole_number_stays_whole(key, values, ex
     _, started = tuned(study, Row("row"), lambda setting, seed: 2 + expected.index(setting[key]))
     assert sorted(setting[key] for setting, _ in started) == expected
     assert all(type(setting[key]) is type(values[0]) for setting, _ in started)
+
+
+def test_a_result_of_something_else_chooses_nothing(tmp_path):
+    """Of another recipe, another size, a recipe that was changed since, no study, or no file: one line."""
+    recipe = ROOT / "scripts" / "recipes" / "mlp_depth.yaml"
+    committed = ROOT / "model_cards" / "results" / "mlp_depth.json"
+    result = read_result(committed, "mlp_depth", "cpu")
+    assert len(chosen_in(result, recipe)) == len(result["rows"])
+    (tmp_path / "torn.json").write_text("{")
+    for file, name, size in (
+        *(
+            (committed, "lm_depth", "cpu"),
+            (committed, "mlp_depth", "full"),
+            (tmp_path / "torn.json", "mlp_depth", "cpu"),
+        ),
+        *((committed.with_name("benchmark.json"), "benchmark", "cpu"), (tmp_path / "none.json", "mlp_depth", "cpu")),
+    ):
+        with pytest.raises(UserError, match=f"{file}: holds no result of this recipe in this size"):
+            read_result(file, name, size)
+    with pytest.raises(UserError, match=r"does not make that result now \(study.seeds: \[7\] -> "):
+        chosen_in({**result, "seeds": [7]}, recipe)
 
 
 def test_a_word_that_makes_the_row_is_not_tuned():
