@@ -113,8 +113,8 @@ def chosen(arm: Arm, names: Iterable[str], modes: Iterable[Mode]) -> list[tuple[
     ]
 
 
-def expected(arms: Collection[Arm], names: Collection[str], modes: Iterable[Mode]) -> set[tuple[str, str, str]]:
-    """Arm, measure and mode, by their names, of every comparison of a whole benchmark."""
+def expected(arms: Collection[Arm], names: Collection[str], modes: Collection[Mode]) -> set[tuple[str, str, str]]:
+    """Arm, measure and mode, by their names, of every comparison that makes a benchmark complete."""
     found = {(arm.name, name, mode.name) for arm in arms for mode, name in chosen(arm, names, modes)}
     return found | {(arm.name, "import", "fp32") for arm in arms if "import" in names and "import" in arm.measures}
 

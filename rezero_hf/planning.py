@@ -148,7 +148,7 @@ def describe(plan: RunPlan, mfu: float = 0.4) -> str:
     Args:
         plan: what `make_plan` returned.
         mfu: share of the peak that goes into the model, default 0.4, as large dense models reach on GPUs. Without a
-            known peak the time is not told.
+            known peak there is no time.
     """
     memory, other = plan.memory, plan.plain if plan.checkpointing else plan.checkpointed
     parts = {
@@ -184,9 +184,7 @@ def describe(plan: RunPlan, mfu: float = 0.4) -> str:
                 "; MALLOC_MMAP_THRESHOLD_=1048576 in the environment avoids them, and steps take about a fifth longer"
             )
         lines.append(line)
-    if (hours := plan.hours(mfu)) is None:
-        lines.append("time    is not known on this device; training.peak_flops, its FLOP/s, would tell it")
-    else:
+    if (hours := plan.hours(mfu)) is not None:
         total = f"{duration(3600 * hours)}, {hours * plan.world_size:,.2f} device hours"
         lines.append(f"time    {total}, at {mfu:.0%} of {_si(plan.peak)}FLOP/s per device")
     return "\n".join(lines)

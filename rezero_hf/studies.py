@@ -199,16 +199,18 @@ def tune(
                 return values, values[place]
             values = [beyond, *values] if edge == 0 else [*values, beyond]
 
-    words = study.tuned(cell) if chosen is None else {key: [value] for key, value in chosen.items()}
+    if chosen is not None:
+        return [{**run, "chosen": True} for run in all_of([chosen], study.seeds)]
+    words = study.tuned(cell)
     best = {key: values[0] for key, values in words.items()}
     before = None
     while best != before:
         before = dict(best)
         for key, values in list(words.items()):
             words[key], best[key] = best_of(key, values, best)
-    chosen = all_of([best], study.seeds)
-    others = [run for run in runs.values() if not any(run is other for other in chosen)]
-    return [{**run, "chosen": True} for run in chosen] + [{**run, "chosen": False} for run in others]
+    found = all_of([best], study.seeds)
+    others = [run for run in runs.values() if not any(run is other for other in found)]
+    return [{**run, "chosen": True} for run in found] + [{**run, "chosen": False} for run in others]
 
 
 def score(run: dict[str, Any], metric: str) -> float:

@@ -70,12 +70,13 @@ def summarise(
     return scrub({**result, "complete": len(cells) == len(study.cells()), "rows": rows})
 
 
-def strayed(result: dict[str, Any], path: str | Path) -> list[str]:
+def strayed(result: dict[str, Any], path: str | Path, overrides: Iterable[str] = ()) -> list[str]:
     """Where a recipe says something else now than what a result was made of, as lines; none if it would be made again.
 
     Args:
         result: `summarise`'s.
         path: of the recipe.
+        overrides: `section.key=value` over it, for all runs.
     """
     study = load_study(path, result["size"])
     # The others are about how it is told.
@@ -94,7 +95,7 @@ def strayed(result: dict[str, Any], path: str | Path) -> list[str]:
             changed += [f"study.rows.{cell.row}: {key}: {one} was not tried" for one in values if one not in tried]
     first = result["rows"][0]
     setting = {**first["chosen"], "training.seed": study.seeds[0]}
-    recipe = load_recipe(path, cells[0].overrides(setting), full=result["size"] == "full")
+    recipe = load_recipe(path, [*cells[0].overrides(setting), *overrides], full=result["size"] == "full")
     known = yaml.safe_load(result["recipe"])["model"]
     known.pop("model_type", None)
     # What follows from the data has to be as it was.
@@ -110,25 +111,26 @@ def read_result(file: str | Path, name: str, size: str) -> dict[str, Any]:
         UserError: it is none.
     """
     try:
-        result = json.loads(Path(file).read_text(encoding="utf-8"))
-        if "rows" not in result or result["name"] != name or result["size"] != size:
+        result = json.loads(Path(file).expanduser().read_text(encoding="utf-8"))
+        if not {*WORDS, "bases", "recipe", "rows"} <= result.keys() or (result["name"], result["size"]) != (name, size):
             raise ValueError(f"no study {name} of the size {size}")
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{file}: holds no result of this recipe in this size ({one_line(error)})") from error
     return result
 
 
-def chosen_in(result: dict[str, Any], path: str | Path) -> dict[str, dict[str, Any]]:
+def chosen_in(result: dict[str, Any], path: str | Path, overrides: Iterable[str] = ()) -> dict[str, dict[str, Any]]:
     """What each cell of a recipe's study was tuned to in a result, by the cell's name.
 
     Args:
         result: `summarise`'s, of all rows.
         path: of the recipe.
+        overrides: `section.key=value` over it, for all runs.
 
     Raises:
         UserError: the recipe would not make it now.
     """
-    if lines := strayed(result, path):
+    if lines := strayed(result, path, overrides):
         raise UserError(f"{path} does not make that result now ({'; '.join(lines)[:300]}): search anew")
     cells = load_study(path, result["size"]).cells()
     return {cell.name: row["chosen"] for cell, row in zip(cells, result["rows"], strict=True)}

@@ -104,7 +104,7 @@ def repeated_table(here: dict[str, Any], there: dict[str, Any]) -> str:
         means = [fmean(found) if (found := _measured(runs, "value")) else math.nan for runs in both]
         difference = f"{means[1] - means[0]:+.3f}" if all(map(math.isfinite, means)) else ""
         lines.append([_label(row), *(values(runs, "value") for runs in both), difference])
-    return markdown_table(("row", "committed", f"here ({UNITS[here['metric']]})", "difference"), lines)
+    return markdown_table(("row", "there", f"here ({UNITS[here['metric']]})", "difference"), lines)
 
 
 def spectrum(row: dict[str, Any], moment: str) -> tuple[str, str]:

@@ -4,8 +4,8 @@
     python scripts/inspect_signal.py scripts/recipes/quickstart.yaml model.residual=post_norm model.num_hidden_layers=64
 
 Language models read the first tokens of `--text` (by default this file), image models get normal noise, as in the
-authors' notebook. Of a wide network the mean squared singular value of the Jacobian is estimated; `--max-size 4096`
-gives all its singular values, and takes minutes.
+authors' notebook. Of a wide network the mean squared singular value of the Jacobian is estimated; A larger
+`--max-size` gives all its singular values, and takes minutes.
 """
 
 import json
@@ -42,7 +42,12 @@ def main(
     inputs: Annotated[int, typer.Option(min=1, help="pieces of text, or images")] = 4,
     tokens: Annotated[int, typer.Option(min=2, help="tokens of a piece")] = 16,
     max_size: Annotated[
-        int, typer.Option("--max-size", min=1, help="tokens x width up to which a Jacobian is exact, not estimated")
+        int,
+        typer.Option(
+            "--max-size",
+            min=1,
+            help="of the stream of one input (tokens x width) up to which the Jacobian is exact, not estimated",
+        ),
     ] = 1024,
     seed: Annotated[int, typer.Option(help="of the noise and labels of images")] = 0,
     output: Annotated[Path | None, typer.Option(help="where the whole record goes, as JSON")] = None,

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, set_seed
 from rezero_hf import ReZeroConfig, ReZeroForCausalLM, ReZeroMLPConfig, ReZeroMLPForImageClassification
 from rezero_hf.benchmark_cases import matrices, peak_allocation, step_products
 from rezero_hf.benchmarks import alone
-from rezero_hf.cli import run
+from rezero_hf.cli import result_file, run
 from rezero_hf.durable import write_whole
 from rezero_hf.errors import UserError
 from rezero_hf.runs import provenance
@@ -119,6 +119,7 @@ def main(
         name, depth = case.split(":")
         print(json.dumps(measure(name, int(depth), budget)))
         return
+    output = output and result_file(output, "--output")
     if only is not None:
         check_names([only], FAMILIES, "--only: family")
     # torch's profiler tells when it starts and stops.

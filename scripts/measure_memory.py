@@ -23,7 +23,7 @@ import typer
 
 from rezero_hf import ReZeroConfig, ReZeroForCausalLM, ReZeroTrainer, ReZeroTrainingArguments
 from rezero_hf.benchmarks import alone
-from rezero_hf.cli import run
+from rezero_hf.cli import result_file, run
 from rezero_hf.durable import write_whole
 from rezero_hf.errors import UserError
 from rezero_hf.planning import make_plan
@@ -75,6 +75,7 @@ def main(
             row = measure(json.loads(case))
         print(json.dumps(row))
         return
+    output = output and result_file(output, "--output")
     if only is not None:
         check_names([only], SIZES, "--only: size")
     rows = []

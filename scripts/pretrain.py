@@ -88,7 +88,10 @@ def main(
             else:
                 looked = "; the text was not looked at, which scripts/prepare_data.py does"
             rehearse(plan, config)
-            print(describe(make_plan(config, args, plan.data.block_size, steps, devices, shards, device), mfu))
+            planned = make_plan(config, args, plan.data.block_size, steps, devices, shards, device)
+            print(describe(planned, mfu))
+            if planned.peak is None:
+                print("time    no device's peak is known; training.peak_flops, its FLOP/s, would tell")
             print(f"a rehearsal of one step with these words went well{looked}")
         return
     # Whoever comes second waits for the lock of the first, which no collective times out on.

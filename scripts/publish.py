@@ -5,17 +5,16 @@ python scripts/publish.py runs/quickstart/model ORG/NAME --push
 """
 
 import os
+import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
 from rezero_hf.checkpoints import MANIFEST, verify_checkpoint
 from rezero_hf.cli import run
-from rezero_hf.errors import UserError, one_line
+from rezero_hf.errors import UserError
 from rezero_hf.publishing import Repository, check_access, push_folder
 from rezero_hf.staging import left_out, make_publishable, stage
 
@@ -29,17 +28,13 @@ def main(
     license: Annotated[str | None, typer.Option(help="licence of code and weights, e.g. mit [as recorded]")] = None,
     patience: Annotated[float, typer.Option(min=0, help="minutes during which a busy Hub is tried again")] = 30.0,
 ):
+    if not re.fullmatch(r"([\w.-]+/)?[\w.-]+(@[\w.-]+(/[\w.-]+)*)?", repository):
+        raise UserError(f"{repository}: name a repository as ORG/NAME or ORG/NAME@BRANCH")
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder")
     if (folder / MANIFEST).exists():
         verify_checkpoint(folder)
-    name, at, branch = repository.partition("@")
-    if at and not branch:
-        raise UserError(f"{repository}: name a branch after the @, or leave it out")
-    try:
-        validate_repo_id(name)
-    except HFValidationError as error:
-        raise UserError(f"{repository}: {one_line(error)}") from error
+    name, _, branch = repository.partition("@")
     where = Repository(name, branch or None, private)
     # On the same disk files are linked instead of copied.
     beside = folder.absolute().parent

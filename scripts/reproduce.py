@@ -46,6 +46,8 @@ def main(
 ):
     if full and smoke:
         raise UserError("--full and --smoke are two sizes; choose one")
+    if smoke and chosen is not None:
+        raise UserError("--smoke searches next to nothing: leave out --smoke or --chosen")
     size = "full" if full else "smoke" if smoke else "cpu"
     study = load_study(recipe, size)
     if only is not None:
@@ -60,7 +62,9 @@ def main(
     there = None
     if chosen is not None:
         there = read_result(chosen, plan.name, size)
-        words["chosen"] = chosen_in(there, recipe)
+        words["chosen"] = chosen_in(there, recipe, words["overrides"])
+        if (output / "result.json").exists() and read_result(output / "result.json", plan.name, size)["complete"]:
+            raise UserError(f"{output} holds the result of a search, which would be lost; choose another --output")
     runs = run_study(recipe, study, output, **words)
     if only is not None:
         part = summarise(plan.name, size, study, runs)
@@ -69,8 +73,8 @@ def main(
     times = None
     if study.baseline is not None:
         # What was chosen comes first.
-        chosen = {cell.name: cell.overrides(runs[cell.name][0]["set"]) for cell in study.cells()}
-        tuned = {name: load_recipe(recipe, [*said, *words["overrides"]], smoke, full) for name, said in chosen.items()}
+        best = {cell.name: cell.overrides(runs[cell.name][0]["set"]) for cell in study.cells()}
+        tuned = {name: load_recipe(recipe, [*said, *words["overrides"]], smoke, full) for name, said in best.items()}
         times = step_times(tuned, seconds=2 if smoke else 60)
     result = summarise(plan.name, size, study, runs, times)
     print(study_table(result))

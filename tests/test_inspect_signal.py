@@ -47,7 +47,9 @@ def test_the_script_on_checkpoints(tmp_path, inspect_signal, tiny_model):
     for name in ("lm", "mlp"):
         status, said, _ = inspect_signal(tmp_path / name)
         assert status == 0, name
-        assert "mean squared singular value" in said
+        assert "mean squared singular value" in said and "share below" in said
+        _, said, _ = inspect_signal(tmp_path / name, "--max-size", "4")
+        assert "(estimated)" in said and "share below" not in said
     for arguments in ((tmp_path / "nothing",), (tmp_path / "mlp", "model.hidden_size=3")):
         status, _, error = inspect_signal(*arguments)
         assert status == 2

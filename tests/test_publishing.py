@@ -249,7 +249,7 @@ def test_what_cannot_pass_is_said_at_once(hub, exported, where, message):
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["me/run/more", "not a name", f"{REPO}@"])
+@pytest.mark.parametrize("name", ["me/run/more", "not a name", f"{REPO}@", f"{REPO}@a b", f"{REPO}@a@b"])
 def test_a_dry_run_refuses_what_a_push_would(exported, monkeypatch, capsys, name):
     """A name that no repository can have, before anything is prepared."""
     assert publish(monkeypatch, exported, name) == 2
