@@ -51,9 +51,12 @@ STAND_INS = {
 }
 # What is added to a command, by how it begins, so that it takes seconds (and `data.source`, which `smoke` has changed).
 SMALL = {
+    "scripts/pretrain.py RECIPE --dry-run": ["model.num_hidden_layers=2"],
+    "scripts/pretrain.py notes.yaml --dry-run": ["model.num_hidden_layers=2"],
     "scripts/pretrain.py": ["--smoke"],
-    "scripts/reproduce.py digits.yaml": ["training.max_steps=2", "training.eval_steps=1"],
-    "scripts/reproduce.py scripts/recipes/mlp_depth.yaml": ["--smoke", "data.source=cifar10"],
+    "scripts/reproduce.py digits.yaml": ["training.max_steps=2", "training.eval_steps=1", "--jobs", "1"],
+    "scripts/reproduce.py scripts/recipes/mlp_depth.yaml": ["--smoke", "data.source=cifar10", "--jobs", "1"],
+    "scripts/reproduce.py scripts/recipes/signal_mlp.yaml": ["--jobs", "1"],
     "scripts/finetune.py": ["training.max_steps=2"],
 }
 
@@ -77,7 +80,7 @@ def typed(line):
     # No shell reads it here.
     bare = re.sub(r"'[^']*'|\"[^\"]*\"", "", line.partition(" #")[0])
     assert python == "python" and not re.search(r"[|&;<>$*?~]", bare), line
-    return words if {"--smoke", "--dry-run"} & set(words) else words + small
+    return words + small
 
 
 @pytest.fixture(scope="module")
@@ -106,13 +109,11 @@ def workplace(tmp_path_factory):
     write(folder / "cifar10" / "train.parquet", *pictures(200))
     write(folder / "cifar10" / "test.parquet", *pictures(40, seed=1))
     for name, channels, size in (("pictures", 3, 32), ("digits", 1, 8)):
-        config = ReZeroMLPConfig(
-            num_channels=channels, image_size=size, hidden_size=8, num_hidden_layers=2, num_labels=10
-        )
-        ReZeroMLPForImageClassification(config).save_pretrained(folder / "runs" / name / "model")
-        image_processor((size, size), [0.3] * channels, [0.4] * channels).save_pretrained(
-            folder / "runs" / name / "model"
-        )
+        model = folder / "runs" / name / "model"
+        words = {"hidden_size": 8, "num_hidden_layers": 2, "num_labels": 10}
+        config = ReZeroMLPConfig(num_channels=channels, image_size=size, **words)
+        ReZeroMLPForImageClassification(config).save_pretrained(model)
+        image_processor((size, size), [0.3] * channels, [0.4] * channels).save_pretrained(model)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HOME", str(folder))
         words = ("--smoke", "data.sources=notes/", "--output", "runs/quickstart")
