@@ -106,9 +106,8 @@ def run_study(
                 if record["diverged"]:
                     raise UserError(f"{path}: study.bases.{name}: {record['diverged']}")
                 tell(f"base {name}: {record['results']['validation']}  ({record['training_seconds']:.0f} s)")
-            known = {cell.name: None if chosen is None else chosen[cell.name] for cell in cells}
             tuned = {
-                tuners.submit(tune, study, cell, partial(start, cell), tell, known[cell.name]): cell.name
+                tuners.submit(tune, study, cell, partial(start, cell), tell, chosen and chosen[cell.name]): cell.name
                 for cell in cells
             }
             for future in as_completed(tuned):

@@ -13,7 +13,7 @@ import yaml
 
 from .errors import UserError, one_line
 from .recipe import FAMILIES, changed_words, load_recipe
-from .study_plan import METRICS, Cell, Study, load_study
+from .study_plan import METRICS, Cell, Row, Study, load_study
 from .traces import scrub
 
 
@@ -132,8 +132,7 @@ def chosen_in(result: dict[str, Any], path: str | Path, overrides: Iterable[str]
     """
     if lines := strayed(result, path, overrides):
         raise UserError(f"{path} does not make that result now ({'; '.join(lines)[:300]}): search anew")
-    cells = load_study(path, result["size"]).cells()
-    return {cell.name: row["chosen"] for cell, row in zip(cells, result["rows"], strict=True)}
+    return {Cell(row["row"], Row(row["label"]), row["at"]).name: row["chosen"] for row in result["rows"]}
 
 
 def result_name(result: dict[str, Any]) -> str:

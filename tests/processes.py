@@ -26,8 +26,10 @@ def run_script(script, *arguments, cwd=None, hub=None):
 
     `hub` is a server that it takes for the Hub, and a folder for its caches.
     """
-    server, home = hub or (None, None)
-    environment, constants = (server.environment(home), server.constants(home)) if hub else ({}, {})
+    environment, constants = {}, {}
+    if hub is not None:
+        server, home = hub
+        environment, constants = server.environment(home), server.constants(home)
     with tempfile.TemporaryDirectory() as place:
         streams = [Path(place) / name for name in ("stdout", "stderr")]
         command = [str(script), *map(str, arguments)]
@@ -56,10 +58,10 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def _start(command, streams, environment=(), cwd=None, constants=()):
+def _start(command, streams, environment=(), cwd=None, constants=None):
     # The server's environment is that of the moment when it was started.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **dict(environment)}
-    process = forked.Process(target=_be, args=(command, streams, environment, cwd, dict(constants)))
+    process = forked.Process(target=_be, args=(command, streams, environment, cwd, constants or {}))
     process.start()
     return process
 
