@@ -5,6 +5,7 @@ A run that diverges is a result, not an error. A run that was finished is not re
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -96,15 +97,16 @@ def run_experiment(
 
     Returns:
         `recipe` (resolved, YAML), `data`, `seed`, provenance, `parameters`, `steps`, `rows` (of the data that were
-        trained on), `flops`, `training_seconds` (evaluations excluded), `threads`, `peak_memory_bytes` (on a CPU of the
-        process, with what an earlier run in it has left behind), `curve` (rows of what evaluations measured), `results`
-        by split, `alpha` (every gate at every evaluation, for nets of up to 512), `diverged` (None, or why the run
-        ended early), and `signal` and `gates_off` if asked for.
+        trained on), `flops`, `training_seconds` (evaluations excluded), `wall_seconds` (of everything since it was
+        last begun, a first run included), `threads`, `peak_memory_bytes` (on a CPU of the process, with what an earlier
+        run in it has left behind), `curve` (rows of what evaluations measured), `results` by split, `alpha` (every gate
+        at every evaluation, for nets of up to 512), `diverged` (None, or why the run ended early), and `signal` and
+        `gates_off` if asked for.
 
     Raises:
         UserError: the recipe cannot be run, a finished run there has another, or the process was told to stop.
     """
-    folder = Path(folder)
+    folder, began = Path(folder), time.perf_counter()
     args = recipe.training_arguments(folder / "checkpoints")
     setting = set_up(recipe, args)
     resolved = recipe.resolved(setting.config)
@@ -159,11 +161,11 @@ def run_experiment(
         "peak_memory_bytes": trainer.throughput.most_memory(),
         "results": {} if diverged else {split: trainer.measure(rows) for split, rows in setting.held_out.items()},
         "diverged": diverged,
+        **({"signal": signals} if signal else {}),
     }
-    if signal:
-        record["signal"] = signals
     if gates_off:
         record["gates_off"] = {} if diverged else _with_gates_off(trainer, setting.held_out["validation"])
+    record["wall_seconds"] = round(time.perf_counter() - began, 1)
     write_whole(folder / RECORD, json.dumps(record) + "\n")
     if not keep:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
