@@ -4,7 +4,7 @@ import json
 import math
 import re
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,7 +55,7 @@ def collect_result(run_dir: str | Path) -> dict[str, Any]:
         raise UserError(f"{run_dir} is a smoke run; its numbers mean nothing")
     if not result["complete"]:
         missing = join([*result.get("left_out", ()), *result.get("failed", ())])
-        way_out = f"it lacks {missing}" if missing else "run the same command to its end, without --only and --chosen"
+        way_out = f"it lacks {missing}" if missing else "run the same command to its end, without --only"
         raise UserError(f"{path} holds a part alone; {way_out}")
     return scrub(result)
 
@@ -145,8 +145,12 @@ def measured(records: Iterable[dict[str, Any]], name: str) -> str:
     return f"{reached} (bits per byte, seed {seeds})"
 
 
-def with_measured(recipe: str, said: Iterable[str]) -> str:
-    """A recipe's text with what was measured as the last entry of its header, in place of what stood there.
+def with_entries(recipe: str, entries: Mapping[str, Iterable[str]]) -> str:
+    """A recipe's text with entries at the end of its header, in place of those of the same names.
+
+    Args:
+        recipe: its text.
+        entries: name, such as `Measured` -> what it says, a paragraph each.
 
     Raises:
         UserError: the text does not begin with such a header, `# Claim` first.
@@ -154,10 +158,12 @@ def with_measured(recipe: str, said: Iterable[str]) -> str:
     found = re.match(r"# Claim .*\n(?:# .*\n)*", recipe)
     if found is None:
         raise UserError("the recipe needs a header: lines that begin with '# ', the first with '# Claim '")
-    header = re.sub(r"^# Measured .*\n(?:#   .*\n)*", "", found[0], flags=re.MULTILINE)
-    margins = {"initial_indent": "# Measured  ", "subsequent_indent": "#           "}
-    entries = [textwrap.fill(text, 120, break_on_hyphens=False, **margins) for text in said]
-    return "\n".join([header.rstrip("\n"), *entries, recipe[found.end() :]])
+    header, lines = found[0], []
+    for name, said in entries.items():
+        header = re.sub(rf"^# {name} .*\n(?:#   .*\n)*", "", header, flags=re.MULTILINE)
+        margins = {"initial_indent": f"# {name:<10}", "subsequent_indent": f"# {'':<10}"}
+        lines += [textwrap.fill(text, 120, break_on_hyphens=False, **margins) for text in said]
+    return "\n".join([header.rstrip("\n"), *lines, recipe[found.end() :]])
 
 
 def splice(document: str, text: str, what: str = "results") -> str:

@@ -40,13 +40,13 @@ def studies_section(results: Iterable[dict[str, Any]], recipes: Collection[str])
 
 def study_measured(result: dict[str, Any]) -> str:
     """What a recipe's header says of a result."""
-    ours, best, _ = _compared(result)
+    ours, best, _ = compared(result)
     said = [f"{_headline(result, row)} ({row['label']}{_where(result)})" for row in (ours, best) if row is not None]
     return ("full size: " if result["size"] == "full" else "") + "; ".join(said)
 
 
 def _line(result: dict[str, Any]) -> list[str]:
-    ours, best, as_in_paper = _compared(result)
+    ours, best, as_in_paper = compared(result)
     page, figure = f"model_cards/{result_name(result)}", _main_figure(result)
     reported = any(row["reported"] for row in result["rows"])
     our_headline = f"{_headline(result, ours)} ({ours['label']}{_where(result)})"
@@ -70,7 +70,7 @@ def _line(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def _compared(result: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None, dict[str, Any] | None]:
+def compared(result: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None, dict[str, Any] | None]:
     """At the last value of `across`: the row that a study is about, what it is against (the row that the study names,
     else the best of the others), and the paper's form of it."""
     rows = list(places(result).values())[-1]
@@ -103,15 +103,19 @@ def _main_figure(result: dict[str, Any]) -> str:
 
 
 def _headline(result: dict[str, Any], row: dict[str, Any]) -> str:
-    """What a study's line says of a row: signals where it is about them, else where it ends and how soon."""
+    """What a study's line says of a row: how it ends, and how soon it is at the target."""
+    return brief(result, row) + ("" if _about_signals(result) else _reached(result, row))
+
+
+def brief(result: dict[str, Any], row: dict[str, Any]) -> str:
+    """How a row ends, with its unit: its signals where the study is about them, else the mean over seeds."""
     if _about_signals(result):
         return ", ".join(f"chi {spectrum(row, moment)[0]} at the {moment}" for moment in ("start", "end"))
     if result["metric"] != "accuracy":
-        return f"{values(row['runs'], 'value')} {UNITS[result['metric']]}{_reached(result, row)}"
+        return f"{values(row['runs'], 'value')} {UNITS[result['metric']]}"
     # As papers on images have it.
     found = [100 * (1 - run["value"]) for run in row["runs"] if run["value"] is not None]
-    end = f"error {spread(found, '{:.1f}')} %{diverged(row['runs'])}" if found else values(row["runs"], "value")
-    return f"{end}{_reached(result, row)}"
+    return f"error {spread(found, '{:.1f}')} %{diverged(row['runs'])}" if found else values(row["runs"], "value")
 
 
 def _reached(result: dict[str, Any], row: dict[str, Any]) -> str:

@@ -39,8 +39,9 @@ def summarise(
             are the runs' own.
 
     Returns:
-        JSON: what the study is, provenance of one of its runs, and for each cell its chosen words, whether the best
-        lies inside what was tried, all attempts, the target, and the chosen runs with their curves.
+        JSON: what the study is, provenance of one of its runs, what all of them took together, and for each cell its
+        chosen words, whether the best lies inside what was tried, all attempts, the target, and the chosen runs with
+        their curves.
     """
     cells = [cell for cell in study.cells() if cell.name in runs]
     rows = [_row(study, cell, runs[cell.name]) for cell in cells]
@@ -67,6 +68,8 @@ def summarise(
     about |= {word: _distinct(run[word] for run in every) for word in ("versions", "git", "device", "threads")}
     result = {"name": name, "size": size, **about, "finished": max(run["finished"] for run in every)}
     result["training_seconds"] = round(sum(run["training_seconds"] for run in every))
+    if all("wall_seconds" in run for run in every):
+        result["core_seconds"] = round(sum(run["wall_seconds"] * run["threads"] for run in every))
     return scrub({**result, "complete": len(cells) == len(study.cells()), "rows": rows})
 
 

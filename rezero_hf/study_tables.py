@@ -71,7 +71,7 @@ def study_table(result: dict[str, Any]) -> str:
     lines = []
     for row in result["rows"]:
         finished = [run for run in row["runs"] if not run["diverged"]]
-        cells = [_label(row), row["reported"] or "", values(row["runs"], "value"), values(row["runs"], "test")]
+        cells = [row_label(row), row["reported"] or "", values(row["runs"], "value"), values(row["runs"], "test")]
         if aimed:
             steps = reach(row["runs"], "steps")
             cells += [
@@ -94,17 +94,6 @@ def study_table(result: dict[str, Any]) -> str:
             cells += [text for moment in ("start", "end") for text in spectrum(row, moment)]
         lines.append([*cells, _chosen(row)])
     return markdown_table([*header, "tuned to"], lines)
-
-
-def repeated_table(here: dict[str, Any], there: dict[str, Any]) -> str:
-    """Each row of a result beside the same of another that had its words already, and by how much its mean differs."""
-    lines, cells = [], {(row["row"], place_of(row)): row for row in there["rows"]}
-    for row in here["rows"]:
-        both = [cells[row["row"], place_of(row)]["runs"], row["runs"]]
-        means = [fmean(found) if (found := _measured(runs, "value")) else math.nan for runs in both]
-        difference = f"{means[1] - means[0]:+.3f}" if all(map(math.isfinite, means)) else ""
-        lines.append([_label(row), *(values(runs, "value") for runs in both), difference])
-    return markdown_table(("row", "there", f"here ({UNITS[here['metric']]})", "difference"), lines)
 
 
 def spectrum(row: dict[str, Any], moment: str) -> tuple[str, str]:
@@ -244,14 +233,10 @@ def baseline_of(result: dict[str, Any], row: dict[str, Any]) -> dict[str, Any] |
 
 def values(runs: list[dict[str, Any]], word: str) -> str:
     """Mean and spread of the runs that did not diverge, and how many did."""
-    found = _measured(runs, word)
+    found = [run[word] for run in runs if run[word] is not None]
     if not found:
         return "diverged" if diverged(runs) else ""
     return spread(found, "{:.3f}") + diverged(runs)
-
-
-def _measured(runs: list[dict[str, Any]], word: str) -> list[float]:
-    return [run[word] for run in runs if run[word] is not None]
 
 
 def diverged(runs: list[dict[str, Any]]) -> str:
@@ -290,7 +275,8 @@ def speed_up(row: dict[str, Any], base: dict[str, Any] | None) -> str:
     return f"{'≥ ' if row is not base and _within(row['runs']) else ''}{ratio:.2f}x"
 
 
-def _label(row: dict[str, Any]) -> str:
+def row_label(row: dict[str, Any]) -> str:
+    """A row's label, and where it stands."""
     return ", ".join([row["label"], *(f"{short(key)} {value}" for key, value in row["at"].items())])
 
 

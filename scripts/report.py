@@ -1,6 +1,6 @@
-"""Commit finished runs to `model_cards/results`, and write their numbers into the README and their recipes' headers.
+"""Commit finished runs to `model_cards/`, and write their numbers into README, docs and their recipes' headers.
 
-python scripts/report.py runs/quickstart runs/quickstart.1 runs/mlp_depth runs/benchmark runs/integrations
+python scripts/report.py runs/quickstart runs/quickstart.1 runs/mlp_depth runs/mlp_depth-chosen runs/benchmark
 """
 
 import json
@@ -13,6 +13,7 @@ import typer
 from rezero_hf.benchmark_report import benchmark_card, benchmark_section
 from rezero_hf.cli import run
 from rezero_hf.errors import UserError
+from rezero_hf.repeats import check_repeats, read_repeats, repeated_said, repeats_section
 from rezero_hf.results import (
     collect,
     collect_result,
@@ -21,7 +22,7 @@ from rezero_hf.results import (
     measured,
     splice,
     table,
-    with_measured,
+    with_entries,
 )
 from rezero_hf.study_overview import studies_section, study_measured
 from rezero_hf.study_results import result_name, strayed
@@ -41,6 +42,13 @@ def main(
     for folder in runs or ():
         whole = (folder / "result.json").exists()
         record = collect_result(folder) if whole else collect(folder)
+        if "repeats" in record:
+            check_repeats(record, committed(results).studies)
+            file = CARDS / "repeats" / f"{result_name(record)}.json"
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(json.dumps(record) + "\n", encoding="utf-8")
+            print(f"{folder} -> {file}")
+            continue
         if whole and "rows" in record:
             recipe = Path("scripts/recipes") / f"{record['name']}.yaml"
             if lines := strayed(record, recipe):
@@ -61,6 +69,7 @@ def main(
             shutil.copyfile(source / "README.md", card / "README.md")
         print(f"{folder} -> {results / name}.json, {card}")
     records, studies, benchmarks, integrations = committed(results)
+    repeats, repeated = read_repeats(CARDS / "repeats"), {result_name(result): result for result in studies}
     for result in benchmarks:
         (CARDS / result_name(result) / "README.md").write_text(benchmark_card(result), encoding="utf-8")
     for result in studies:
@@ -72,13 +81,24 @@ def main(
     for name, text in texts.items():
         said = [study_measured(result) for result in studies if result["name"] == name]
         said += [measured(records, name)] if any(record["name"] == name for record in records) else []
-        recipes[name].write_text(with_measured(text, said), encoding="utf-8")
-    readme = Path("README.md")
-    text = splice(readme.read_text(encoding="utf-8"), table(records))
-    section = studies_section(studies, [name for name, text in texts.items() if "\nstudy:" in text])
-    text = splice(text, section, "studies")
-    text = splice(text, benchmark_section(benchmarks), "benchmark")
-    readme.write_text(splice(text, integrations_section(integrations), "integrations"), encoding="utf-8")
+        again = [repeated_said(one, repeated[result_name(one)]) for one in repeats if one["name"] == name]
+        recipes[name].write_text(with_entries(text, {"Measured": said, "Repeated": again}), encoding="utf-8")
+    sections = {
+        "results": table(records),
+        "studies": studies_section(studies, [name for name, text in texts.items() if "\nstudy:" in text]),
+        "benchmark": benchmark_section(benchmarks),
+        "integrations": integrations_section(integrations),
+    }
+    write_sections(Path("README.md"), sections)
+    ours = [result["name"] for result in studies if result["size"] == "cpu"]
+    write_sections(Path("docs/reproducing.md"), {"repeats": repeats_section(repeats, studies, ours)})
+
+
+def write_sections(document: Path, sections: dict[str, str]):
+    text = document.read_text(encoding="utf-8")
+    for name, section in sections.items():
+        text = splice(text, section, name)
+    document.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

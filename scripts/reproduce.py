@@ -20,6 +20,7 @@ from rezero_hf.cli import run
 from rezero_hf.durable import write_whole
 from rezero_hf.errors import UserError
 from rezero_hf.recipe import load_recipe
+from rezero_hf.repeats import repeated_table
 from rezero_hf.runs import cores
 from rezero_hf.step_times import step_times
 from rezero_hf.strict import check_names
@@ -27,7 +28,7 @@ from rezero_hf.studies import run_study
 from rezero_hf.study_figures import draw
 from rezero_hf.study_plan import load_study
 from rezero_hf.study_results import chosen_in, read_result, summarise
-from rezero_hf.study_tables import repeated_table, study_table
+from rezero_hf.study_tables import study_table
 
 
 def main(
@@ -63,7 +64,8 @@ def main(
     if chosen is not None:
         there = read_result(chosen, plan.name, size)
         words["chosen"] = chosen_in(there, recipe, words["overrides"])
-        if (output / "result.json").exists() and read_result(output / "result.json", plan.name, size)["complete"]:
+        file = output / "result.json"
+        if file.exists() and "repeats" not in read_result(file, plan.name, size):
             raise UserError(f"{output} holds the result of a search, which would be lost; choose another --output")
     runs = run_study(recipe, study, output, **words)
     if only is not None:
@@ -79,7 +81,8 @@ def main(
     result = summarise(plan.name, size, study, runs, times)
     print(study_table(result))
     if there is not None:
-        result["complete"] = False
+        # Which one: a study that is searched anew has another.
+        result["repeats"] = there["finished"]
         print(f"\n{repeated_table(result, there)}")
     # The result comes last, and is there only with all that belongs to it.
     (output / "result.json").unlink(missing_ok=True)

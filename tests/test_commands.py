@@ -89,10 +89,15 @@ def workplace(tmp_path_factory):
     folder = tmp_path_factory.mktemp("workplace")
     shutil.copytree(ROOT / "scripts", folder / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "README.md", folder)
+    (folder / "docs").mkdir()
+    shutil.copy(ROOT / "docs" / "reproducing.md", folder / "docs")
     shutil.copytree(ROOT / "model_cards", folder / "model_cards")
     (folder / "runs" / "mlp_depth").mkdir(parents=True)
     shutil.copy(ROOT / "model_cards" / "results" / "mlp_depth.json", folder / "runs" / "mlp_depth" / "result.json")
     shutil.copytree(ROOT / "model_cards" / "mlp_depth" / "figures", folder / "runs" / "mlp_depth" / "figures")
+    (folder / "runs" / "lm_depth-chosen").mkdir()
+    repeat = folder / "model_cards" / "repeats" / "lm_depth.json"
+    shutil.copy(repeat, folder / "runs" / "lm_depth-chosen" / "result.json")
     for guide, name in (("recipes", "notes"), ("images", "digits")):
         code = next(code for where, code in blocks("yaml").items() if where.startswith(f"docs/{guide}.md"))
         (folder / f"{name}.yaml").write_text(code)
@@ -150,10 +155,16 @@ def test_commands_run_as_printed(where, workplace, hub, tmp_path, monkeypatch):
 
 
 def test_a_committed_study_is_committed_as_it_is(workplace):
-    """`report.py` of a study's result changes nothing where that is what is committed: not a byte of README or recipes."""
-    done = run_script(workplace / "scripts" / "report.py", "runs/mlp_depth", cwd=workplace)
+    """`report.py` of a study's result and of one that was run again changes nothing where that is what is committed: no number in README, guides, pages
+    or headers of recipes was typed by hand.
+    """
+    done = run_script(workplace / "scripts" / "report.py", "runs/mlp_depth", "runs/lm_depth-chosen", cwd=workplace)
     assert done.returncode == 0, done.stderr
-    kept = ["README.md", *(f"scripts/recipes/{path.name}" for path in (ROOT / "scripts" / "recipes").iterdir())]
+    kept = [
+        "README.md",
+        "docs/reproducing.md",
+        *(f"scripts/recipes/{path.name}" for path in (ROOT / "scripts" / "recipes").iterdir()),
+    ]
     kept += [f"model_cards/{path.relative_to(ROOT / 'model_cards')}" for path in (ROOT / "model_cards").rglob("*.*")]
     assert [name for name in kept if (workplace / name).read_bytes() != (ROOT / name).read_bytes()] == []
 

@@ -328,8 +328,8 @@ def test_the_script_tunes_and_draws(recipe, tmp_path):
     assert [row["chosen"] for row in again["rows"]] == [row["chosen"] for row in result["rows"]]
     assert len(list((tmp_path / "again").rglob("run.json"))) == 4
     assert done.stdout.count("| +0.000 |") == 2
-    with pytest.raises(UserError, match="without --only and --chosen"):
-        collect_result(tmp_path / "again")
+    assert again["repeats"] == result["finished"] and again["core_seconds"] > 0
+    assert "repeats" not in collect_result(tmp_path / "runs") and collect_result(tmp_path / "again") == again
 
 
 @pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
