@@ -10,12 +10,26 @@ from typing import Any
 from .errors import UserError
 from .markdown import join
 from .markdown import table as markdown_table
-from .study_overview import brief, compared
-from .study_results import place_of
+from .study_overview import brief, compared, of_the_paper
+from .study_results import place_of, result_name
 from .study_tables import UNITS, row_label, values
 
 
-HEADER = ("recipe", "what it is about, then → now", "against, then → now", "farthest row", "core-hours", "now on")
+HEADER = (
+    "recipe",
+    "what it is about, then → now",
+    "against, then → now",
+    "farthest row",
+    "core-hours",
+    "searched",
+    "now on",
+)
+TOGETHER = (
+    "Core-hours are of all that runs take, from reading their data to the last evaluation: together {hours:.1f}, so "
+    '{two:.1f} hours on two cores. "Searched" is what the command takes without `--chosen`, by what the search added to '
+    "training when the committed table was made: {paper:.1f} hours on two cores for the paper's tables, {beyond:.1f} for "
+    "the others."
+)
 
 
 def repeated_table(here: dict[str, Any], there: dict[str, Any]) -> str:
@@ -38,15 +52,16 @@ def repeats_section(
         recipes: names of all studies that have a result of the size of two CPU cores.
     """
     repeats = sorted(repeats, key=lambda repeat: repeat["name"])
-    found = {(result["name"], result["size"]): result for result in results}
-    lines = [_line(repeat, found[repeat["name"], repeat["size"]]) for repeat in repeats]
+    found = {result_name(result): result for result in results}
+    lines = [_line(repeat, found[result_name(repeat)]) for repeat in repeats]
     parts = [markdown_table(HEADER, lines)]
     if repeats:
-        hours = sum(repeat["core_seconds"] for repeat in repeats) / 3600
-        parts.append(
-            f"Together {hours:.1f} core-hours, so {hours / 2:.1f} hours on two cores: all that runs take, from reading "
-            "their data to the last evaluation."
+        hours = sum(map(_core_hours, repeats))
+        paper, beyond = (
+            sum(_searched(repeat, found[result_name(repeat)]) for repeat in repeats if of_the_paper(repeat) == which)
+            for which in (True, False)
         )
+        parts.append(TOGETHER.format(hours=hours, two=hours / 2, paper=paper / 2, beyond=beyond / 2))
     if missing := sorted({*recipes} - {repeat["name"] for repeat in repeats}):
         parts.append(f"Not run again so far: {join([f'`{name}`' for name in missing])}.")
     return "\n\n".join(part for part in parts if part)
@@ -55,7 +70,7 @@ def repeats_section(
 def repeated_said(repeat: dict[str, Any], result: dict[str, Any]) -> str:
     """What a recipe's header says of it."""
     device = "; ".join(repeat["device"])
-    return f"with --chosen, {_core_hours(repeat)} core-hours, {device}; farthest row: {_farthest(repeat, result)}"
+    return f"with --chosen, {_core_hours(repeat):.2f} core-hours, {device}; farthest row: {_farthest(repeat, result)}"
 
 
 def check_repeats(repeat: dict[str, Any], results: Iterable[dict[str, Any]]) -> None:
@@ -64,8 +79,7 @@ def check_repeats(repeat: dict[str, Any], results: Iterable[dict[str, Any]]) -> 
     Raises:
         UserError: it is of none, or of one that another has replaced.
     """
-    names = (repeat["name"], repeat["size"])
-    result = next((result for result in results if (result["name"], result["size"]) == names), None)
+    result = next((result for result in results if result_name(result) == result_name(repeat)), None)
     if result is None or result["finished"] != repeat["repeats"]:
         committed = "none" if result is None else f"that of {result['finished']}"
         raise UserError(
@@ -95,7 +109,8 @@ def _line(repeat: dict[str, Any], result: dict[str, Any]) -> list[str]:
         both(ours),
         both(against),
         _farthest(repeat, result),
-        _core_hours(repeat),
+        f"{_core_hours(repeat):.2f}",
+        f"{_searched(repeat, result):.2f}",
         "; ".join(repeat["device"]),
     ]
 
@@ -125,5 +140,12 @@ def _diverged(row: dict[str, Any]) -> int:
     return sum(run["diverged"] is not None for run in row["runs"])
 
 
-def _core_hours(repeat: dict[str, Any]) -> str:
-    return f"{repeat['core_seconds'] / 3600:.2f}"
+def _core_hours(repeat: dict[str, Any]) -> float:
+    return repeat["core_seconds"] / 3600
+
+
+def _searched(repeat: dict[str, Any], result: dict[str, Any]) -> float:
+    """Core-hours that the search would take as well, where the repeat was: as many times more as there."""
+    chosen = sum(run["training_seconds"] for row in result["rows"] for run in row["runs"])
+    bases = sum(made["training_seconds"] for made in result["bases"].values())
+    return _core_hours(repeat) * result["training_seconds"] / (chosen + bases)

@@ -26,7 +26,7 @@ def studies_section(results: Iterable[dict[str, Any]], recipes: Collection[str])
         recipes: names of all studies there are.
     """
     results = sorted(results, key=lambda result: result["name"])
-    paper = [result for result in results if any(row["reported"] for row in result["rows"])]
+    paper = [result for result in results if of_the_paper(result)]
     beyond = [result for result in results if result not in paper]
     missing = sorted({*recipes} - {result["name"] for result in results})
     parts = [markdown_table(OF_THE_PAPER, [_line(result) for result in paper])]
@@ -48,14 +48,13 @@ def study_measured(result: dict[str, Any]) -> str:
 def _line(result: dict[str, Any]) -> list[str]:
     ours, best, as_in_paper = compared(result)
     page, figure = f"model_cards/{result_name(result)}", _main_figure(result)
-    reported = any(row["reported"] for row in result["rows"])
     our_headline = f"{_headline(result, ours)} ({ours['label']}{_where(result)})"
     theirs = "" if as_in_paper is None else _headline(result, as_in_paper)
     seeds = len(result["seeds"])
     return [
         f"[{result['item']}]({page}/README.md)",
         f"[{result['name']}](scripts/recipes/{result['name']}.yaml)",
-        *([ours["reported"] or "", our_headline] if reported else [our_headline, theirs]),
+        *([ours["reported"] or "", our_headline] if of_the_paper(result) else [our_headline, theirs]),
         "" if best is None else f"{_headline(result, best)} ({best['label']})",
         ", ".join(
             [
@@ -68,6 +67,11 @@ def _line(result: dict[str, Any]) -> list[str]:
         ),
         f"[{figure}]({page}/figures/{figure}.png)",
     ]
+
+
+def of_the_paper(result: dict[str, Any]) -> bool:
+    """Whether it is of a table or figure of the paper, and not of a question of our own."""
+    return any(row["reported"] for row in result["rows"])
 
 
 def compared(result: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None, dict[str, Any] | None]:

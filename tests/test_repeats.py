@@ -43,13 +43,16 @@ NOW = {**result({"plain": (2.0, 2.1), "rezero": (1.1, 1.3), "wild": (None, 3.0)}
 
 def test_each_row_stands_beside_what_it_was():
     """The row farthest off is named, and one that diverges otherwise; hours are those of all runs and threads."""
-    section = repeats_section([NOW], [THEN], ["demo", "other"])
+    then = {**THEN, "training_seconds": 2 * THEN["training_seconds"]}
+    section = repeats_section([NOW], [then], ["demo", "other"])
     line = section.splitlines()[2]
     assert "1.100 ± 0.141 bits per byte → 1.200 ± 0.141 bits per byte (ReZero)" in line
     assert "2.100 ± 0.141 bits per byte → 2.050 ± 0.071 bits per byte (without)" in line
     farthest = "ReZero, 1.100 ± 0.141 → 1.200 ± 0.141 bits per byte; too fast diverges otherwise"
-    assert f"| {farthest} | 1.50 | a machine |" in line
-    assert "Together 1.5 core-hours, so 0.8 hours on two cores" in section
+    # Each run lasts 450 s on two threads; the search had trained for as long again as what it chose.
+    assert f"| {farthest} | 1.50 | 3.00 | a machine |" in line
+    assert "together 1.5, so 0.8 hours on two cores." in section
+    assert "0.0 hours on two cores for the paper's tables, 1.5 for the others" in section
     assert section.endswith("Not run again so far: `other`.")
     assert repeated_said(NOW, THEN) == f"with --chosen, 1.50 core-hours, a machine; farthest row: {farthest}"
 
