@@ -94,6 +94,18 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path} cannot be read as UTF-8 text ({one_line(error)})") from error
 
 
+def numbers(text: str, option: str) -> list[int]:
+    """Whole numbers with commas between them.
+
+    Raises:
+        UserError: it is something else.
+    """
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"{option} {text}: must be whole numbers with commas between them") from None
+
+
 def result_file(path: Path, option: str) -> Path:
     """The file that a result goes to, `~` expanded, its folder tried out before the work.
 

@@ -98,7 +98,7 @@ def run_experiment(
     Returns:
         `recipe` (resolved, YAML), `data`, `seed`, provenance, `parameters`, `steps`, `rows` (of the data that were
         trained on), `flops`, `training_seconds` (evaluations excluded), `wall_seconds` (of everything since it was
-        last begun, a first run included), `threads`, `peak_memory_bytes` (on a CPU of the process, with what an earlier
+        last begun, and of a first run), `threads`, `peak_memory_bytes` (on a CPU of the process, with what an earlier
         run in it has left behind), `curve` (rows of what evaluations measured), `results` by split, `alpha` (every gate
         at every evaluation, for nets of up to 512), `diverged` (None, or why the run ended early), and `signal` and
         `gates_off` if asked for.
@@ -120,6 +120,7 @@ def run_experiment(
         before = _first_run(first, place, folder, anew=known is None and not resumes)
         if before["diverged"] is not None:
             return before
+        began = time.perf_counter()
         init_from = replace(init_from, path=str(newest_complete(place / "checkpoints")[0]))
         setting.words["train_dataset"] = setting.words["train_dataset"].after(before["rows"])
     if known is not None:
@@ -165,7 +166,7 @@ def run_experiment(
     }
     if gates_off:
         record["gates_off"] = {} if diverged else _with_gates_off(trainer, setting.held_out["validation"])
-    record["wall_seconds"] = round(time.perf_counter() - began, 1)
+    record["wall_seconds"] = round(before.get("wall_seconds", 0.0) + time.perf_counter() - began, 1)
     write_whole(folder / RECORD, json.dumps(record) + "\n")
     if not keep:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)

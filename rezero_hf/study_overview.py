@@ -30,7 +30,7 @@ def studies_section(results: Iterable[dict[str, Any]], recipes: Collection[str])
     beyond = [result for result in results if result not in paper]
     missing = sorted({*recipes} - {result["name"] for result in results})
     parts = [markdown_table(OF_THE_PAPER, [_line(result) for result in paper])]
-    parts += [SIGNALS] if any(_about_signals(result) for result in paper) else []
+    parts += [SIGNALS] if any(about_signals(result) for result in paper) else []
     if beyond:
         parts += ["Beyond the paper:", markdown_table(BEYOND, [_line(result) for result in beyond])]
     if missing:
@@ -95,28 +95,30 @@ def _where(result: dict[str, Any]) -> str:
     return "".join(f", {short(key)} {value}" for key, value in last)
 
 
-def _about_signals(result: dict[str, Any]) -> bool:
+def about_signals(result: dict[str, Any]) -> bool:
+    """Whether a study is of how signals travel, and not of where training ends."""
     return "signal" in result["rows"][0]["runs"][0]
 
 
 def _main_figure(result: dict[str, Any]) -> str:
     """Of the pictures that `study_figures.draw` makes, the one that shows the study's claim."""
-    if _about_signals(result):
+    if about_signals(result):
         return "spectra_start"
     return "depths" if result["rows"][0]["at"] else "curves"
 
 
 def _headline(result: dict[str, Any], row: dict[str, Any]) -> str:
     """What a study's line says of a row: how it ends, and how soon it is at the target."""
-    return brief(result, row) + ("" if _about_signals(result) else _reached(result, row))
+    return brief(result, row) + ("" if about_signals(result) else _reached(result, row))
 
 
 def brief(result: dict[str, Any], row: dict[str, Any]) -> str:
     """How a row ends, with its unit: its signals where the study is about them, else the mean over seeds."""
-    if _about_signals(result):
+    if about_signals(result):
         return ", ".join(f"chi {spectrum(row, moment)[0]} at the {moment}" for moment in ("start", "end"))
     if result["metric"] != "accuracy":
-        return f"{values(row['runs'], 'value')} {UNITS[result['metric']]}"
+        measured = any(run["value"] is not None for run in row["runs"])
+        return values(row["runs"], "value") + (f" {UNITS[result['metric']]}" if measured else "")
     # As papers on images have it.
     found = [100 * (1 - run["value"]) for run in row["runs"] if run["value"] is not None]
     return f"error {spread(found, '{:.1f}')} %{diverged(row['runs'])}" if found else values(row["runs"], "value")

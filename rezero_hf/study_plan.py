@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import yaml
 
-from .recipe import SECTIONS, SIZES, load_recipe, read_yaml
+from .recipe import SECTIONS, SIZES, load_recipe, name_is_plain, read_yaml
 from .strict import RecipeError, check_names, checked, made
 
 
@@ -165,6 +165,8 @@ def load_study(path: str | Path, size: str = "cpu") -> Study:
         raise RecipeError(f"{path}: is one run (scripts/pretrain.py), not a study: it has no section study with rows.")
     for other in SIZES:
         # Looked at in any case, so that a typo shows whichever size is asked for.
+        if not isinstance(document.get(other) or {}, dict):
+            raise RecipeError(f"{path}: section {other} is not a mapping of keys to values.")
         of_study = {str(key): value for key, value in (document.get(other) or {}).items()}
         sized = {key.removeprefix("study."): v for key, v in of_study.items() if key.startswith("study.")}
         checked(sized, Study, f"{path}: {other}.study")
@@ -175,8 +177,14 @@ def load_study(path: str | Path, size: str = "cpu") -> Study:
     for word, found in [("rows", rows), ("seeds", study.seeds), *study.across.items(), *tuned]:
         if not found or not isinstance(found, list | dict):
             raise RecipeError(f"{path}: study: {word}={found!r}: needs a list with at least one entry.")
-    if len(set(study.seeds)) < len(study.seeds):
-        raise RecipeError(f"{path}: study.seeds={study.seeds}: one twice would make the spread too small.")
+    labels = [row.label for row in rows.values()]
+    # Two cells of one name would run in one folder, two rows of one label be drawn as one.
+    for word, found in [("seeds", study.seeds), ("rows: label", labels), *study.across.items()]:
+        if any(found.count(value) > 1 for value in found):
+            raise RecipeError(f"{path}: study: {word}={found}: has one twice.")
+    for name in rows:
+        if not name_is_plain(name):
+            raise RecipeError(f"{path}: study.rows: {name!r} must be a plain word, because it names a folder.")
     for word in ("baseline", "ours", "against"):
         if section.get(word) is not None:
             check_names([section[word]], study.rows, f"{path}: study.{word}")

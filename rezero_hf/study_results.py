@@ -87,6 +87,10 @@ def strayed(result: dict[str, Any], path: str | Path, overrides: Iterable[str] =
     was = {word: result[word] for word in decide}
     was["bases"] = {name: made["set"] for name, made in result["bases"].items()}
     now = {word: getattr(study, word) for word in was}
+    # Which of them are recorded shows in the runs.
+    every = [run for row in result["rows"] for run in row["runs"]]
+    was |= {word: any(word in run for run in every) for word in ("signal", "gates_off")}
+    now |= {word: getattr(study, word) for word in ("signal", "gates_off")}
     changed = [f"study.{word}: {was[word]} -> {now[word]}" for word in was if was[word] != now[word]]
     cells = study.cells()
     there = [(row["row"], row["set"], row["first"], row["at"]) for row in result["rows"]]

@@ -13,7 +13,7 @@ import typer
 from rezero_hf.benchmark_report import benchmark_card, benchmark_section
 from rezero_hf.cli import run
 from rezero_hf.errors import UserError
-from rezero_hf.repeats import check_repeats, read_repeats, repeated_said, repeats_section
+from rezero_hf.repeats import read_repeats, repeat_name, repeated, repeated_said, repeats_section
 from rezero_hf.results import (
     collect,
     collect_result,
@@ -43,8 +43,7 @@ def main(
         whole = (folder / "result.json").exists()
         record = collect_result(folder) if whole else collect(folder)
         if "repeats" in record:
-            check_repeats(record, committed(results).studies)
-            file = CARDS / "repeats" / f"{result_name(record)}.json"
+            file = CARDS / "repeats" / f"{repeat_name(record, repeated(record, committed(results).studies))}.json"
             file.parent.mkdir(exist_ok=True)
             file.write_text(json.dumps(record) + "\n", encoding="utf-8")
             print(f"{folder} -> {file}")
@@ -69,7 +68,13 @@ def main(
             shutil.copyfile(source / "README.md", card / "README.md")
         print(f"{folder} -> {results / name}.json, {card}")
     records, studies, benchmarks, integrations = committed(results)
-    repeats, repeated = read_repeats(CARDS / "repeats"), {result_name(result): result for result in studies}
+    pairs = []
+    for path, repeat in read_repeats(CARDS / "repeats").items():
+        try:
+            pairs.append((repeat, repeated(repeat, studies)))
+        except UserError as error:
+            path.unlink()
+            print(f"{path} is of a table that was replaced, and is gone ({error})")
     for result in benchmarks:
         (CARDS / result_name(result) / "README.md").write_text(benchmark_card(result), encoding="utf-8")
     for result in studies:
@@ -81,7 +86,7 @@ def main(
     for name, text in texts.items():
         said = [study_measured(result) for result in studies if result["name"] == name]
         said += [measured(records, name)] if any(record["name"] == name for record in records) else []
-        again = [repeated_said(one, repeated[result_name(one)]) for one in repeats if one["name"] == name]
+        again = [repeated_said(*pair) for pair in pairs if pair[0]["name"] == name]
         recipes[name].write_text(with_entries(text, {"Measured": said, "Repeated": again}), encoding="utf-8")
     sections = {
         "results": table(records),
@@ -91,7 +96,7 @@ def main(
     }
     write_sections(Path("README.md"), sections)
     ours = [result["name"] for result in studies if result["size"] == "cpu"]
-    write_sections(Path("docs/reproducing.md"), {"repeats": repeats_section(repeats, studies, ours)})
+    write_sections(Path("docs/reproducing.md"), {"repeats": repeats_section(pairs, ours)})
 
 
 def write_sections(document: Path, sections: dict[str, str]):

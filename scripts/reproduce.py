@@ -2,25 +2,27 @@
 
 python scripts/reproduce.py scripts/recipes/mlp_depth.yaml            # at the size of two CPU cores
 python scripts/reproduce.py scripts/recipes/mlp_depth.yaml --full     # at the paper's, where the recipe has one
-python scripts/reproduce.py scripts/recipes/mlp_depth.yaml --chosen model_cards/results/mlp_depth.json
+python scripts/reproduce.py scripts/recipes/mlp_depth.yaml --chosen model_cards/results/mlp_depth.json --seeds 3,4,5
 
-What was stopped goes on with the same command: finished runs are kept. With `--chosen` nothing is searched, which is
-most of the cost: every row runs with what that result has chosen for it, and stands beside what it was there.
+What was stopped goes on with the same command: finished runs are kept. With `--chosen` nothing is searched: every row
+runs with what that result has chosen for it, and stands beside what it was there. `--seeds` are others than the
+recipe's, of which one has chosen.
 """
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 
-from rezero_hf.cli import run
+from rezero_hf.cli import numbers, run
 from rezero_hf.durable import write_whole
 from rezero_hf.errors import UserError
 from rezero_hf.recipe import load_recipe
-from rezero_hf.repeats import repeated_table
+from rezero_hf.repeats import is_searched, repeated_table
 from rezero_hf.runs import cores
 from rezero_hf.step_times import step_times
 from rezero_hf.strict import check_names
@@ -44,17 +46,25 @@ def main(
     chosen: Annotated[
         Path | None, typer.Option(help="a result of this recipe: search nothing, run what was chosen there")
     ] = None,
+    seeds: Annotated[str | None, typer.Option(help="with --chosen: others than the recipe's, as 3,4,5")] = None,
 ):
     if full and smoke:
         raise UserError("--full and --smoke are two sizes; choose one")
     if smoke and chosen is not None:
         raise UserError("--smoke searches next to nothing: leave out --smoke or --chosen")
+    if seeds is not None and chosen is None:
+        raise UserError("--seeds goes with --chosen; a search has those of the recipe, study.seeds")
     size = "full" if full else "smoke" if smoke else "cpu"
     study = load_study(recipe, size)
     if only is not None:
         check_names([only], study.rows, f"{recipe}: --only: row")
     plan = load_recipe(recipe, overrides or (), smoke, full)
     kinds = [plan.name, *([] if size == "cpu" else [size]), *([] if chosen is None else ["chosen"])]
+    if seeds is not None:
+        study = replace(study, seeds=numbers(seeds, "--seeds"))
+        if len({*study.seeds}) < len(study.seeds) or min(study.seeds) < 0:
+            raise UserError(f"--seeds {seeds}: each once, and none below 0")
+        kinds += map(str, study.seeds)
     output = output or Path("runs") / "-".join(kinds)
     if jobs is None:
         jobs = 1 if torch.accelerator.is_available() else cores()
@@ -65,7 +75,7 @@ def main(
         there = read_result(chosen, plan.name, size)
         words["chosen"] = chosen_in(there, recipe, words["overrides"])
         file = output / "result.json"
-        if file.exists() and "repeats" not in read_result(file, plan.name, size):
+        if file.exists() and is_searched(read_result(file, plan.name, size)):
             raise UserError(f"{output} holds the result of a search, which would be lost; choose another --output")
     runs = run_study(recipe, study, output, **words)
     if only is not None:
@@ -90,7 +100,7 @@ def main(
     for picture in draw(result, output / "figures"):
         print(picture)
     write_whole(output / "result.json", json.dumps(result, indent=1) + "\n")
-    if result["complete"] and not smoke:
+    if not smoke:
         print(f"commit it with: python scripts/report.py {output}")
 
 

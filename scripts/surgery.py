@@ -15,7 +15,7 @@ import torch
 import typer
 from transformers import AutoProcessor, PreTrainedModel
 
-from rezero_hf.cli import read_text, run
+from rezero_hf.cli import numbers, read_text, run
 from rezero_hf.descriptions import described_class
 from rezero_hf.errors import UserError
 from rezero_hf.export import Processor, export_folder
@@ -111,14 +111,6 @@ def prune(
     print(f"loss {report.loss_before:.4f} -> {report.loss_after:.4f} nats per token, on {len(rows) * tokens} tokens")
     what = f"{len(report.removed)} of its {len(report.scores)} layers were removed"
     write(folder, output, smaller, processor, what, pruning=asdict(report))
-
-
-def numbers(text: str, option: str) -> list[int]:
-    """Whole numbers with commas between them."""
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise UserError(f"{option} {text}: must be whole numbers with commas between them") from None
 
 
 if __name__ == "__main__":
