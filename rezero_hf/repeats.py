@@ -118,6 +118,7 @@ def _together(pairs: list[Pair]) -> Iterator[str]:
     if not once:
         return
     hours = sum(_core_hours(repeat) for repeat, _ in once)
+    studies = f"{len(once)} {'studies' if len(once) > 1 else 'study'}"
     searched = [
         f"{sum(_searched(*pair) for pair in those) / 2:.1f} for the {len(those)} {which}"
         for wanted, which in ((True, "of the paper's tables"), (False, "of questions beyond it"))
@@ -125,7 +126,7 @@ def _together(pairs: list[Pair]) -> Iterator[str]:
     ]
     yield (
         "Core-hours are of all that runs take, from reading their data to the last evaluation. The "
-        f"{len(once)} studies together took {hours:.1f}, so {hours / 2:.1f} hours on two cores. "
+        f"{studies} here took {hours:.1f}, so {hours / 2:.1f} hours on two cores. "
         '"Searched" is an estimate of what the command takes without `--chosen`, by what the search added to training '
         f"when the committed table was made. In hours on two cores: {join(searched)}."
     )
@@ -166,7 +167,7 @@ def _places(result: dict[str, Any]) -> dict[tuple, dict[str, Any]]:
 
 
 def _identity(data: dict[str, Any]) -> Any:
-    """What tells data from other data: of images their pixels and labels, whichever version of the package read them."""
+    """What tells data from other data: of images their pixels and labels, whatever version of the package read them."""
     return data.get("stored") or data.get("fingerprint")
 
 

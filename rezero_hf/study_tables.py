@@ -43,7 +43,10 @@ SIGNAL = (
     "chi is the mean squared singular value of the input-output Jacobian, 1 where signals pass unchanged; lost is the "
     "share of singular values that are 0."
 )
-TUNED = '{rows} tuned by the same rule on the first seed; "edge" marks a word whose best value is the last tried.'
+TUNED = (
+    "{rows} tuned by the same rule on the first seed, which is one of those shown; "
+    '"edge" marks a word whose best value is the last tried.'
+)
 NOT_TUNED = "Rows were not tuned and differ in their form alone: do not compare where they end."
 GROWN = "FLOP and seconds of a row that began with another run's model include that run's."
 BEGUN = (

@@ -74,7 +74,7 @@ def main(
             pairs.append((repeat, repeated(repeat, studies)))
         except UserError as error:
             path.unlink()
-            print(f"{path} is of a table that was replaced, and is gone ({error})")
+            print(f"{path} is gone: {error}")
     for result in benchmarks:
         (CARDS / result_name(result) / "README.md").write_text(benchmark_card(result), encoding="utf-8")
     for result in studies:

@@ -4,6 +4,7 @@ It is run as printed but for the words below, which stand for what a reader puts
 sentence are looked up by `test_documents.py`.
 """
 
+import json
 import re
 import shlex
 import shutil
@@ -165,8 +166,28 @@ def test_a_committed_study_is_committed_as_it_is(workplace):
         "docs/reproducing.md",
         *(f"scripts/recipes/{path.name}" for path in (ROOT / "scripts" / "recipes").iterdir()),
     ]
-    kept += [f"model_cards/{path.relative_to(ROOT / 'model_cards')}" for path in (ROOT / "model_cards").rglob("*.*")]
+    cards, there = (
+        sorted(str(path.relative_to(root)) for path in (root / "model_cards").rglob("*.*"))
+        for root in (ROOT, workplace)
+    )
+    assert cards == there
+    kept += cards
     assert [name for name in kept if (workplace / name).read_bytes() != (ROOT / name).read_bytes()] == []
+
+
+def test_a_repeat_goes_with_the_table_that_it_repeats(workplace, tmp_path):
+    """Once that is another, neither the guide nor the recipe's header shows the repeat beside it."""
+    for name in ("README.md", "docs", "scripts", "model_cards"):
+        copy = shutil.copytree if (workplace / name).is_dir() else shutil.copy
+        copy(workplace / name, tmp_path / name)
+    path = tmp_path / "model_cards" / "results" / "lm_depth.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "finished": "2100-01-01T00:00:00+00:00"}))
+    done = run_script(tmp_path / "scripts" / "report.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "lm_depth.json is gone: lm_depth, run again: what it repeats is not what is committed" in done.stdout
+    assert not (tmp_path / "model_cards" / "repeats" / "lm_depth.json").exists()
+    assert "# Repeated" not in (tmp_path / "scripts" / "recipes" / "lm_depth.yaml").read_text()
+    assert "| [lm_depth]" not in (tmp_path / "docs" / "reproducing.md").read_text()
 
 
 def test_what_is_said_about_commands_is_about_one_that_is_printed():

@@ -329,6 +329,20 @@ def test_the_script_tunes_and_draws(recipe, tmp_path):
     assert len(list((tmp_path / "again").rglob("run.json"))) == 4
     assert done.stdout.count("| +0.000 |") == 2
     assert again["repeats"] == result["finished"] and again["core_seconds"] > 0
+    # Other seeds have their own folder; without a choice they would be another search.
+    chosen = ("--chosen", tmp_path / "runs" / "result.json")
+    done = run_script(ROOT / "scripts" / "reproduce.py", recipe, *words[2:], *chosen, "--seeds", "7", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    other = json.loads((tmp_path / "runs" / f"{recipe.stem}-chosen-7" / "result.json").read_text())
+    assert [run["seed"] for row in other["rows"] for run in row["runs"]] == [7, 7]
+    for wrong in (
+        ["--seeds", "7"],
+        [*chosen, "--seeds", "7,7"],
+        [*chosen, "--seeds", "a"],
+        [*chosen, "--output", tmp_path / "runs"],
+    ):
+        done = run_script(ROOT / "scripts" / "reproduce.py", recipe, *words[2:], *wrong, cwd=tmp_path)
+        assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, wrong
     assert "repeats" not in collect_result(tmp_path / "runs") and collect_result(tmp_path / "again") == again
 
 

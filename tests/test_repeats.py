@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from rezero_hf.errors import UserError
-from rezero_hf.repeats import check_repeats, read_repeats, repeated_said, repeats_section
+from rezero_hf.repeats import read_repeats, repeat_name, repeated, repeated_said, repeats_section
 from rezero_hf.results import committed
 from rezero_hf.study_plan import Row, Study
 from rezero_hf.study_results import summarise
@@ -38,35 +38,72 @@ def result(ends, finished="2026-01-01T00:00:00+00:00"):
 
 
 THEN = result({"plain": (2.0, 2.2), "rezero": (1.0, 1.2), "wild": (None, None)})
-NOW = {**result({"plain": (2.0, 2.1), "rezero": (1.1, 1.3), "wild": (None, 3.0)}), "repeats": THEN["finished"]}
+NOW = result({"plain": (2.0, 2.1), "rezero": (1.1, 1.3), "wild": (None, 3.0)})
+NOW |= {"repeats": THEN["finished"], "seeds": [3, 4]}
 
 
-def test_each_row_stands_beside_what_it_was():
-    """The row farthest off is named, and one that diverges otherwise; hours are those of all runs and threads."""
+def test_each_study_stands_beside_what_it_was():
+    """What it is about, how far means have moved, who diverges now; and hours, of all runs and threads."""
+    # As long again was searched for what was chosen.
     then = {**THEN, "training_seconds": 2 * THEN["training_seconds"]}
-    section = repeats_section([NOW], [then], ["demo", "other"])
-    line = section.splitlines()[2]
-    assert "1.100 ± 0.141 bits per byte → 1.200 ± 0.141 bits per byte (ReZero)" in line
-    assert "2.100 ± 0.141 bits per byte → 2.050 ± 0.071 bits per byte (without)" in line
-    farthest = "ReZero, 1.100 ± 0.141 → 1.200 ± 0.141 bits per byte; too fast diverges otherwise"
-    # Each run lasts 450 s on two threads; the search had trained for as long again as what it chose.
-    assert f"| {farthest} | 1.50 | 3.00 | a machine |" in line
-    assert "together 1.5, so 0.8 hours on two cores." in section
-    assert "0.0 hours on two cores for the paper's tables, 1.5 for the others" in section
-    assert section.endswith("Not run again so far: `other`.")
-    assert repeated_said(NOW, THEN) == f"with --chosen, 1.50 core-hours, a machine; farthest row: {farthest}"
+    section = repeats_section([(NOW, then)], ["demo", "other"])
+    ours = "ReZero: 1.100 ± 0.141 bits per byte → 1.200 ± 0.141 bits per byte"
+    assert section.splitlines()[2].split(" | ")[1:] == [
+        ours,
+        "without: 2.100 ± 0.141 bits per byte → 2.050 ± 0.071 bits per byte",
+        f"differ by 0.075 bits per byte in the median, most in {ours}; too fast: 2 → 1 of 2 diverged",
+        *("0, 1 → 3, 4", "1.50", "3.00", "a machine |"),
+    ]
+    assert "The 1 study here took 1.5, so 0.8 hours on two cores." in section
+    assert "In hours on two cores: 1.5 for the 1 of questions beyond it." in section
+    assert section.endswith("No repeat is kept of `other`.")
+    assert repeated_said(NOW, THEN) == f"with --chosen and seeds 3, 4: {ours}; 1.50 core-hours, a machine"
+    # Two repeats of one study are one study.
+    again = repeats_section([(NOW, then), (NOW, then)], ["demo"])
+    assert again.count("| [demo]") == 2 and "The 1 study here took 1.5," in again
 
 
-def test_a_repeat_of_a_result_that_was_replaced_is_refused():
-    check_repeats(NOW, [THEN])
-    for results in ([], [{**THEN, "finished": "2026-02-02T00:00:00+00:00"}], [{**THEN, "size": "full"}]):
-        with pytest.raises(UserError, match=r"demo: what was run again is the result of 2026-01-01.*with --chosen"):
-            check_repeats(NOW, results)
+def test_accuracy_is_shown_as_error_and_signals_are_not_held_by_where_training_ends():
+    then, now = ({**one, "metric": "accuracy"} for one in (result({"rezero": (0.5, 0.7)}), NOW))
+    now = {**now, "rows": result({"rezero": (0.6, 0.7)})["rows"]}
+    moved = repeats_section([(now, then)], []).splitlines()[2].split(" | ")[3]
+    assert moved == "differ by 5.0 % in the median, most in ReZero: error 40.0 ± 14.1 % → error 35.0 ± 7.1 %"
+    for one in (then, now):
+        one["rows"][0]["runs"][0]["signal"] = {}
+    assert repeats_section([(now, then)], []).splitlines()[2].split(" | ")[3] == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"repeats": "2026-02-02T00:00:00+00:00"}, "what it repeats is not what is committed"),
+        ({"name": "other"}, "what it repeats is not what is committed"),
+        ({"size": "full"}, "only repeats of the size of two CPU cores are kept"),
+        ({"rows": THEN["rows"][:2]}, "it has other rows"),
+        ({"data": {"fingerprint": "of another text"}}, "it had other data"),
+        ({"data": {"stored": "hashes of other images"}}, "it had other data"),
+    ],
+)
+def test_what_repeats_something_else_is_refused(change, message):
+    assert repeated(NOW, [THEN]) is THEN
+    with pytest.raises(UserError, match=rf"run again: {message}.*--chosen model_cards/results/"):
+        repeated({**NOW, **change}, [THEN])
+
+
+def test_a_repeat_without_times_is_refused():
+    timeless = {word: value for word, value in NOW.items() if word != "core_seconds"}
+    with pytest.raises(UserError, match="runs from before their time was kept"):
+        repeated(timeless, [THEN])
+
+
+def test_each_choice_of_seeds_has_a_file():
+    assert repeat_name(NOW, THEN) == "demo-3-4"
+    assert repeat_name({**NOW, "seeds": [0, 1]}, THEN) == "demo"
 
 
 def test_what_is_committed_repeats_what_is_committed():
     studies = committed(ROOT / "model_cards" / "results").studies
     repeats = read_repeats(ROOT / "model_cards" / "repeats")
     assert repeats
-    for repeat in repeats:
-        check_repeats(repeat, studies)
+    for path, repeat in repeats.items():
+        assert path.stem == repeat_name(repeat, repeated(repeat, studies))
