@@ -10,6 +10,7 @@ from typing import Any
 from .errors import UserError
 from .markdown import join
 from .markdown import table as markdown_table
+from .runs import is_processor
 from .study_overview import about_signals, brief, compared, of_the_paper
 from .study_results import place_of, result_name
 from .study_tables import UNITS, row_label, values
@@ -46,8 +47,8 @@ def repeated(repeat: dict[str, Any], results: Iterable[dict[str, Any]]) -> dict[
     name = result_name(repeat)
     result = next((result for result in results if result_name(result) == name), None)
     wrong = None
-    if repeat["size"] != "cpu":
-        wrong = "only repeats of the size of two CPU cores are kept"
+    if repeat["size"] != "cpu" or not all(map(is_processor, repeat["device"])):
+        wrong = "only repeats on CPUs are kept, of their size"
     elif result is None or result["finished"] != repeat["repeats"]:
         wrong = "what it repeats is not what is committed"
     elif _places(repeat).keys() != _places(result).keys():
@@ -187,4 +188,5 @@ def _searched(repeat: dict[str, Any], result: dict[str, Any]) -> float:
     """Core-hours of the whole command, search included, where the repeat was: as many times more as there."""
     chosen = sum(run["training_seconds"] for row in result["rows"] for run in row["runs"])
     bases = sum(made["training_seconds"] for made in result["bases"].values())
-    return _core_hours(repeat) * result["training_seconds"] / (chosen + bases)
+    seeds = len(result["seeds"]) / len(repeat["seeds"])
+    return seeds * _core_hours(repeat) * result["training_seconds"] / (chosen + bases)

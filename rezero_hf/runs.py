@@ -128,6 +128,11 @@ def device_name(device: torch.device) -> str:
     return f"{_processor()} ({cores()} core{'s' if cores() > 1 else ''})"
 
 
+def is_processor(name: str) -> bool:
+    """Whether that is what `device_name` calls a processor, and no accelerator."""
+    return name.endswith((" core)", " cores)"))
+
+
 def cores() -> int:
     """Processor cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -28,7 +28,7 @@ def result(ends, finished="2026-01-01T00:00:00+00:00"):
                     "results": {"validation": {"bits_per_byte": end}} if end else {},
                 },
                 **{"finished": finished, "command": "", "recipe": "training: {}\n", "data": {}, "versions": {}},
-                **{"git": None, "device": "a machine"},
+                **{"git": None, "device": "a machine (2 cores)"},
             }
             for seed, end in enumerate(values)
         ]
@@ -52,12 +52,12 @@ def test_each_study_stands_beside_what_it_was():
         ours,
         "without: 2.100 ± 0.141 bits per byte → 2.050 ± 0.071 bits per byte",
         f"differ by 0.075 bits per byte in the median, most in {ours}; too fast: 2 → 1 of 2 diverged",
-        *("0, 1 → 3, 4", "1.50", "3.00", "a machine |"),
+        *("0, 1 → 3, 4", "1.50", "3.00", "a machine (2 cores) |"),
     ]
     assert "The 1 study here took 1.5, so 0.8 hours on two cores." in section
     assert "In hours on two cores: 1.5 for the 1 of questions beyond it." in section
     assert section.endswith("No repeat is kept of `other`.")
-    assert repeated_said(NOW, THEN) == f"with --chosen and seeds 3, 4: {ours}; 1.50 core-hours, a machine"
+    assert repeated_said(NOW, THEN) == f"with --chosen and seeds 3, 4: {ours}; 1.50 core-hours, a machine (2 cores)"
     # Two repeats of one study are one study.
     again = repeats_section([(NOW, then), (NOW, then)], ["demo"])
     assert again.count("| [demo]") == 2 and "The 1 study here took 1.5," in again
@@ -78,7 +78,8 @@ def test_accuracy_is_shown_as_error_and_signals_are_not_held_by_where_training_e
     [
         ({"repeats": "2026-02-02T00:00:00+00:00"}, "what it repeats is not what is committed"),
         ({"name": "other"}, "what it repeats is not what is committed"),
-        ({"size": "full"}, "only repeats of the size of two CPU cores are kept"),
+        ({"size": "full"}, "only repeats on CPUs are kept, of their size"),
+        ({"device": ["NVIDIA H200"]}, "only repeats on CPUs are kept, of their size"),
         ({"rows": THEN["rows"][:2]}, "it has other rows"),
         ({"data": {"fingerprint": "of another text"}}, "it had other data"),
         ({"data": {"stored": "hashes of other images"}}, "it had other data"),
