@@ -134,6 +134,8 @@ class ReZeroTrainingArguments(TrainingArguments):
         for name in ("learning_rate", "seed", "num_train_epochs", "weight_decay", *MULTIPLIERS):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"{name}={getattr(self, name)}: must be a finite number, 0 or more.")
+        if self.seed >= 2**32:
+            raise UserError(f"seed={self.seed}: must be below 2**32.")
         for name in ("adam_beta1", "adam_beta2", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)}: must be in [0, 1).")

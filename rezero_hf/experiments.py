@@ -43,7 +43,7 @@ MODELS = TASKS["causal-lm"].models | TASKS["image-classification"].models
 # What of an evaluation's row is kept: the gates are kept once, and what was measured on is the same every time.
 CURVE = ("loss", "bits_per_byte", "accuracy")
 # What a run that begins with random weights counts on from.
-NOTHING = {"steps": 0, "rows": 0, "flops": 0, "training_seconds": 0.0, "curve": []}
+NOTHING = {"steps": 0, "rows": 0, "flops": 0, "training_seconds": 0.0, "wall_seconds": 0.0, "curve": []}
 # What a heat map can still show, and a committed file hold.
 MOST_GATES = 512
 # Rows of the training data that signals are sent through: enough for a steady mean, few enough for their Jacobians.
@@ -97,11 +97,11 @@ def run_experiment(
 
     Returns:
         `recipe` (resolved, YAML), `data`, `seed`, provenance, `parameters`, `steps`, `rows` (of the data that were
-        trained on), `flops`, `training_seconds` (evaluations excluded), `wall_seconds` (of everything since it was
-        last begun, and of a first run), `threads`, `peak_memory_bytes` (on a CPU of the process, with what an earlier
-        run in it has left behind), `curve` (rows of what evaluations measured), `results` by split, `alpha` (every gate
-        at every evaluation, for nets of up to 512), `diverged` (None, or why the run ended early), and `signal` and
-        `gates_off` if asked for.
+        trained on), `flops`, `training_seconds` (evaluations excluded), `wall_seconds` (of everything, a first run
+        included; only where nothing was resumed), `threads`, `peak_memory_bytes` (on a CPU of the process, with what an
+        earlier run in it has left behind), `curve` (rows of what evaluations measured), `results` by split, `alpha`
+        (every gate at every evaluation, for nets of up to 512), `diverged` (None, or why the run ended early), and
+        `signal` and `gates_off` if asked for.
 
     Raises:
         UserError: the recipe cannot be run, a finished run there has another, or the process was told to stop.
@@ -166,7 +166,7 @@ def run_experiment(
     }
     if gates_off:
         record["gates_off"] = {} if diverged else _with_gates_off(trainer, setting.held_out["validation"])
-    record["wall_seconds"] = round(before.get("wall_seconds", 0.0) + time.perf_counter() - began, 1)
+    record |= _wall_time(began, before, resumes)
     write_whole(folder / RECORD, json.dumps(record) + "\n")
     if not keep:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
@@ -198,6 +198,13 @@ def _begin(init_from: InitFrom, recipe: Recipe, config: PreTrainedConfig, optimi
         words = {"config": config, "dtype": torch.float, "local_files_only": True, "trust_remote_code": False}
         return Beginning(load_whole(folder, model_class, called, new_head=True, **words).train())
     return begin(init_from, config, optimizer, load_tokenizer(recipe.data.tokenizer), model_class=model_class)
+
+
+def _wall_time(began: float, before: dict[str, Any], resumes: bool) -> dict[str, float]:
+    """Since then, with what the run before took; nothing where only a part of that is known."""
+    if resumes or "wall_seconds" not in before:
+        return {}
+    return {"wall_seconds": round(before["wall_seconds"] + time.perf_counter() - began, 1)}
 
 
 def _with_gates_off(trainer: ReZeroTrainer, rows: Dataset) -> dict[str, float]:

@@ -11,21 +11,21 @@ from .errors import UserError
 from .markdown import join
 from .markdown import table as markdown_table
 from .runs import is_processor
-from .study_overview import about_signals, brief, compared, of_the_paper
+from .study_overview import about_signals, compared, ending, of_the_paper
 from .study_results import place_of, result_name
 from .study_tables import UNITS, row_label, values
 
 
 HEADER = (
-    *("recipe", "what it is about, then → now", "against, then → now", "means of all rows", "seeds then → now"),
-    *("core-hours", "searched", "now on"),
+    *("recipe", "what it is about, then → now", "against, then → now", "means of all rows", "seeds, then → now"),
+    *("machine, then → now", "core-hours", "with the search (estimate)"),
 )
 # A repeat, and the committed result that it is of.
 Pair = tuple[dict[str, Any], dict[str, Any]]
 
 
 def is_searched(result: dict[str, Any]) -> bool:
-    """Whether it is of a search. Repeats from before they were kept have no word for what they repeat."""
+    """Whether a study's result comes from a search. Older repeats lack `repeats`, and are marked incomplete."""
     return result["complete"] and "repeats" not in result
 
 
@@ -38,7 +38,12 @@ def repeated_table(here: dict[str, Any], there: dict[str, Any]) -> str:
     return markdown_table(("row", "there", f"here ({UNITS[here['metric']]})", "difference"), lines)
 
 
-def repeated(repeat: dict[str, Any], results: Iterable[dict[str, Any]]) -> dict[str, Any]:
+def can_be_kept(repeat: dict[str, Any]) -> bool:
+    """Whether it was made as those in the guide are: on CPUs, at the size for them."""
+    return repeat["size"] == "cpu" and all(map(is_processor, repeat["device"]))
+
+
+def original_of(repeat: dict[str, Any], results: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """The committed result that a repeat is of.
 
     Raises:
@@ -47,19 +52,19 @@ def repeated(repeat: dict[str, Any], results: Iterable[dict[str, Any]]) -> dict[
     name = result_name(repeat)
     result = next((result for result in results if result_name(result) == name), None)
     wrong = None
-    if repeat["size"] != "cpu" or not all(map(is_processor, repeat["device"])):
-        wrong = "only repeats on CPUs are kept, of their size"
-    elif result is None or result["finished"] != repeat["repeats"]:
-        wrong = "what it repeats is not what is committed"
+    if not can_be_kept(repeat):
+        raise UserError(f"this repeat of {name} is not kept: only those on CPUs are, at the size for them")
+    if result is None or result["finished"] != repeat["repeats"]:
+        wrong = "is not of the result that is committed"
     elif _places(repeat).keys() != _places(result).keys():
-        wrong = "it has other rows than what is committed"
+        wrong = "has other rows than the committed result"
     elif _identity(repeat["data"]) != _identity(result["data"]):
-        wrong = "it had other data, as another Python's standard library"
+        wrong = "had other data, for example another Python's standard library"
     elif "core_seconds" not in repeat:
-        wrong = "it has runs from before their time was kept: delete these"
+        wrong = "has runs whose time is not known, because they are old or were resumed: delete these"
     if wrong is not None:
         raise UserError(
-            f"{name}, run again: {wrong}. Run python scripts/reproduce.py scripts/recipes/{name}.yaml --chosen "
+            f"this repeat of {name} {wrong}. Run: python scripts/reproduce.py scripts/recipes/{name}.yaml --chosen "
             f"model_cards/results/{name}.json"
         )
     return result
@@ -107,36 +112,35 @@ def _line(repeat: dict[str, Any], result: dict[str, Any]) -> list[str]:
         "" if against is None else _both(against, repeat, result),
         _moved(repeat, result),
         f"{_seeds(result)} → {_seeds(repeat)}",
+        " → ".join("; ".join(one["device"]) for one in (result, repeat)),
         f"{_core_hours(repeat):.2f}",
-        f"{_searched(repeat, result):.2f}",
-        "; ".join(repeat["device"]),
+        f"{_hours_with_search(repeat, result):.2f}",
     ]
 
 
 def _together(pairs: list[Pair]) -> Iterator[str]:
-    """Sums of the columns, each study counted once."""
-    once = list({repeat["name"]: (repeat, result) for repeat, result in pairs}.values())
-    if not once:
+    """Sums of the last two columns; each study is searched once."""
+    if not pairs:
         return
-    hours = sum(_core_hours(repeat) for repeat, _ in once)
-    studies = f"{len(once)} {'studies' if len(once) > 1 else 'study'}"
-    searched = [
-        f"{sum(_searched(*pair) for pair in those) / 2:.1f} for the {len(those)} {which}"
-        for wanted, which in ((True, "of the paper's tables"), (False, "of questions beyond it"))
-        if (those := [pair for pair in once if of_the_paper(pair[1]) == wanted])
-    ]
+    hours = sum(_core_hours(repeat) for repeat, _ in pairs)
     yield (
-        "Core-hours are of all that runs take, from reading their data to the last evaluation. The "
-        f"{studies} here took {hours:.1f}, so {hours / 2:.1f} hours on two cores. "
-        '"Searched" is an estimate of what the command takes without `--chosen`, by what the search added to training '
-        f"when the committed table was made. In hours on two cores: {join(searched)}."
+        "Core-hours cover each run, from reading its data to its last evaluation; timing the steps comes on top. All "
+        f"repeats here took {hours:.1f}, so {hours / 2:.1f} hours on two cores."
     )
+    once = {repeat["name"]: (repeat, result) for repeat, result in pairs}.values()
+    for wanted, which in ((True, "the studies of the paper's tables"), (False, "those of questions beyond the paper")):
+        if those := [pair for pair in once if of_the_paper(pair[1]) == wanted]:
+            hours = sum(_hours_with_search(*pair) for pair in those) / 2
+            yield (
+                f"With the search, {which} that are listed here ({len(those)}) would take about {hours:.1f} hours on "
+                "two cores, if it costs as many times more as when they were tuned."
+            )
 
 
 def _both(row: dict[str, Any], repeat: dict[str, Any], result: dict[str, Any]) -> str:
     """How a row ended then and now."""
     then, now = (_places(one)[row["row"], place_of(row)] for one in (result, repeat))
-    return f"{row_label(row)}: {brief(result, then)} → {brief(repeat, now)}"
+    return f"{row_label(row)}: {ending(result, then)} → {ending(repeat, now)}"
 
 
 def _moved(repeat: dict[str, Any], result: dict[str, Any]) -> str:
@@ -145,13 +149,15 @@ def _moved(repeat: dict[str, Any], result: dict[str, Any]) -> str:
         return ""
     rows, told = list(_rows(repeat, result)), []
     if measured := [found for found in rows if math.isfinite(found[2])]:
-        size = {"accuracy": "{:.1f} %"}.get(repeat["metric"], f"{{:.3f}} {UNITS[repeat['metric']]}")
+        size = {"accuracy": "{:.1f} points"}.get(repeat["metric"], f"{{:.3f}} {UNITS[repeat['metric']]}")
         scale = 100 if repeat["metric"] == "accuracy" else 1
         middle = size.format(scale * median(abs(difference) for *_, difference in measured))
         most = max(measured, key=lambda found: abs(found[2]))[0]
         told.append(f"differ by {middle} in the median, most in {_both(most, repeat, result)}")
-    lost = [(row_label(row), _diverged(then), _diverged(row), len(row["runs"])) for row, then, _ in rows]
-    told += [f"{label}: {before} → {now} of {of} diverged" for label, before, now, of in lost if before != now]
+    for row, then, _ in rows:
+        shares = [fmean(run["diverged"] is not None for run in one["runs"]) for one in (then, row)]
+        if shares[0] != shares[1]:
+            told.append(f"{row_label(row)}: {_diverged(then)} → {_diverged(row)} diverged")
     return "; ".join(told)
 
 
@@ -172,8 +178,8 @@ def _identity(data: dict[str, Any]) -> Any:
     return data.get("stored") or data.get("fingerprint")
 
 
-def _diverged(row: dict[str, Any]) -> int:
-    return sum(run["diverged"] is not None for run in row["runs"])
+def _diverged(row: dict[str, Any]) -> str:
+    return f"{sum(run['diverged'] is not None for run in row['runs'])} of {len(row['runs'])}"
 
 
 def _seeds(result: dict[str, Any]) -> str:
@@ -184,7 +190,7 @@ def _core_hours(repeat: dict[str, Any]) -> float:
     return repeat["core_seconds"] / 3600
 
 
-def _searched(repeat: dict[str, Any], result: dict[str, Any]) -> float:
+def _hours_with_search(repeat: dict[str, Any], result: dict[str, Any]) -> float:
     """Core-hours of the whole command, search included, where the repeat was: as many times more as there."""
     chosen = sum(run["training_seconds"] for row in result["rows"] for run in row["runs"])
     bases = sum(made["training_seconds"] for made in result["bases"].values())

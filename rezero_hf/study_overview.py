@@ -109,10 +109,10 @@ def _main_figure(result: dict[str, Any]) -> str:
 
 def _headline(result: dict[str, Any], row: dict[str, Any]) -> str:
     """What a study's line says of a row: how it ends, and how soon it is at the target."""
-    return brief(result, row) + ("" if about_signals(result) else _reached(result, row))
+    return ending(result, row) + ("" if about_signals(result) else _reached(result, row))
 
 
-def brief(result: dict[str, Any], row: dict[str, Any]) -> str:
+def ending(result: dict[str, Any], row: dict[str, Any]) -> str:
     """How a row ends, with its unit: its signals where the study is about them, else the mean over seeds."""
     if about_signals(result):
         return ", ".join(f"chi {spectrum(row, moment)[0]} at the {moment}" for moment in ("start", "end"))

@@ -16,6 +16,10 @@ from .strict import RecipeError, check_names, checked, made
 METRICS = {"bits_per_byte": True, "loss": True, "accuracy": False}
 
 
+# What a study's folder holds beside a folder for each row.
+TAKEN = ("bases", "figures", "result.json")
+
+
 @dataclass
 class Row:
     """One line of a study's table.
@@ -182,9 +186,11 @@ def load_study(path: str | Path, size: str = "cpu") -> Study:
     for word, found in [("seeds", study.seeds), ("rows: label", labels), *study.across.items()]:
         if any(found.count(value) > 1 for value in found):
             raise RecipeError(f"{path}: study: {word}={found}: has one twice.")
-    for name in rows:
-        if not name_is_plain(name):
-            raise RecipeError(f"{path}: study.rows: {name!r} must be a plain word, because it names a folder.")
+    for name in (*rows, *study.bases):
+        if not name_is_plain(name) or name in TAKEN:
+            raise RecipeError(
+                f"{path}: study: {name!r} names a folder beside {', '.join(TAKEN)}: it must be another plain word."
+            )
     for word in ("baseline", "ours", "against"):
         if section.get(word) is not None:
             check_names([section[word]], study.rows, f"{path}: study.{word}")

@@ -6,14 +6,14 @@ python scripts/report.py runs/quickstart runs/quickstart.1 runs/mlp_depth runs/m
 import json
 import shutil
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from rezero_hf.benchmark_report import benchmark_card, benchmark_section
 from rezero_hf.cli import run
 from rezero_hf.errors import UserError
-from rezero_hf.repeats import read_repeats, repeat_name, repeated, repeated_said, repeats_section
+from rezero_hf.repeats import original_of, read_repeats, repeat_name, repeated_said, repeats_section
 from rezero_hf.results import (
     collect,
     collect_result,
@@ -43,15 +43,15 @@ def main(
         whole = (folder / "result.json").exists()
         record = collect_result(folder) if whole else collect(folder)
         if "repeats" in record:
-            file = CARDS / "repeats" / f"{repeat_name(record, repeated(record, committed(results).studies))}.json"
+            original = original_of(record, committed(results).studies)
+            refuse_strayed(original, results / f"{result_name(original)}.json")
+            file = CARDS / "repeats" / f"{repeat_name(record, original)}.json"
             file.parent.mkdir(exist_ok=True)
             file.write_text(json.dumps(record) + "\n", encoding="utf-8")
             print(f"{folder} -> {file}")
             continue
         if whole and "rows" in record:
-            recipe = Path("scripts/recipes") / f"{record['name']}.yaml"
-            if lines := strayed(record, recipe):
-                raise UserError(f"{folder} is not what {recipe} makes now ({'; '.join(lines)[:300]}): run it again.")
+            refuse_strayed(record, folder)
         name = result_name(record) if whole else f"{record['name']}-seed{record['seed']}"
         text = json.dumps(record, indent=None if whole else 1)
         (results / f"{name}.json").write_text(text + "\n", encoding="utf-8")
@@ -71,7 +71,7 @@ def main(
     pairs = []
     for path, repeat in read_repeats(CARDS / "repeats").items():
         try:
-            pairs.append((repeat, repeated(repeat, studies)))
+            pairs.append((repeat, original_of(repeat, studies)))
         except UserError as error:
             path.unlink()
             print(f"{path} is gone: {error}")
@@ -97,6 +97,12 @@ def main(
     write_sections(Path("README.md"), sections)
     ours = [result["name"] for result in studies if result["size"] == "cpu"]
     write_sections(Path("docs/reproducing.md"), {"repeats": repeats_section(pairs, ours)})
+
+
+def refuse_strayed(result: dict[str, Any], where: Path):
+    recipe = Path("scripts/recipes") / f"{result['name']}.yaml"
+    if lines := strayed(result, recipe):
+        raise UserError(f"{where} is not what {recipe} makes now ({'; '.join(lines)[:300]}): run it again.")
 
 
 def write_sections(document: Path, sections: dict[str, str]):

@@ -5,8 +5,8 @@ python scripts/reproduce.py scripts/recipes/mlp_depth.yaml --full     # at the p
 python scripts/reproduce.py scripts/recipes/mlp_depth.yaml --chosen model_cards/results/mlp_depth.json --seeds 3,4,5
 
 What was stopped goes on with the same command: finished runs are kept. With `--chosen` nothing is searched: every row
-runs with what that result has chosen for it, and stands beside what it was there. `--seeds` are others than the
-recipe's, of which one has chosen.
+runs with what that result has chosen for it, and stands beside what it was there. `--seeds` replaces the recipe's
+seeds, the first of which was used for tuning.
 """
 
 import json
@@ -22,7 +22,7 @@ from rezero_hf.cli import numbers, run
 from rezero_hf.durable import write_whole
 from rezero_hf.errors import UserError
 from rezero_hf.recipe import load_recipe
-from rezero_hf.repeats import is_searched, repeated_table
+from rezero_hf.repeats import can_be_kept, is_searched, repeated_table
 from rezero_hf.runs import cores
 from rezero_hf.step_times import step_times
 from rezero_hf.strict import check_names
@@ -61,9 +61,7 @@ def main(
     plan = load_recipe(recipe, overrides or (), smoke, full)
     kinds = [plan.name, *([] if size == "cpu" else [size]), *([] if chosen is None else ["chosen"])]
     if seeds is not None:
-        study = replace(study, seeds=numbers(seeds, "--seeds"))
-        if len({*study.seeds}) < len(study.seeds) or min(study.seeds) < 0:
-            raise UserError(f"--seeds {seeds}: each once, and none below 0")
+        study = replace(study, seeds=other_seeds(seeds, study.seeds))
         kinds += map(str, study.seeds)
     output = output or Path("runs") / "-".join(kinds)
     if jobs is None:
@@ -73,6 +71,8 @@ def main(
     there = None
     if chosen is not None:
         there = read_result(chosen, plan.name, size)
+        if not is_searched(there):
+            raise UserError(f"{chosen} is itself of a run with --chosen; give the result that chose")
         words["chosen"] = chosen_in(there, recipe, words["overrides"])
         file = output / "result.json"
         if file.exists() and is_searched(read_result(file, plan.name, size)):
@@ -93,6 +93,9 @@ def main(
     if there is not None:
         # Which one: a study that is searched anew has another.
         result["repeats"] = there["finished"]
+        if jobs > cores():
+            # Runs that wait for each other have no time of their own.
+            result.pop("core_seconds", None)
         print(f"\n{repeated_table(result, there)}")
     # The result comes last, and is there only with all that belongs to it.
     (output / "result.json").unlink(missing_ok=True)
@@ -100,8 +103,15 @@ def main(
     for picture in draw(result, output / "figures"):
         print(picture)
     write_whole(output / "result.json", json.dumps(result, indent=1) + "\n")
-    if not smoke:
+    if not smoke and (there is None or can_be_kept(result)):
         print(f"commit it with: python scripts/report.py {output}")
+
+
+def other_seeds(text: str, known: list[int]) -> list[int]:
+    seeds = numbers(text, "--seeds")
+    if len({*seeds, *known}) < len(seeds) + len(known) or not all(0 <= seed < 2**32 for seed in seeds):
+        raise UserError(f"--seeds {text}: each once, from 0 to 2**32 - 1, and none of the recipe's ({known})")
+    return seeds
 
 
 if __name__ == "__main__":

@@ -184,7 +184,7 @@ def test_a_repeat_goes_with_the_table_that_it_repeats(workplace, tmp_path):
     path.write_text(json.dumps({**json.loads(path.read_text()), "finished": "2100-01-01T00:00:00+00:00"}))
     done = run_script(tmp_path / "scripts" / "report.py", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "lm_depth.json is gone: lm_depth, run again: what it repeats is not what is committed" in done.stdout
+    assert "lm_depth.json is gone: this repeat of lm_depth is not of the result that is committed" in done.stdout
     assert not (tmp_path / "model_cards" / "repeats" / "lm_depth.json").exists()
     assert "# Repeated" not in (tmp_path / "scripts" / "recipes" / "lm_depth.yaml").read_text()
     assert "| [lm_depth]" not in (tmp_path / "docs" / "reproducing.md").read_text()

@@ -338,6 +338,7 @@ def test_the_script_tunes_and_draws(recipe, tmp_path):
     for wrong in (
         ["--seeds", "7"],
         [*chosen, "--seeds", "7,7"],
+        [*chosen, "--seeds", "0"],
         [*chosen, "--seeds", "a"],
         [*chosen, "--output", tmp_path / "runs"],
     ):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from rezero_hf.errors import UserError
-from rezero_hf.repeats import read_repeats, repeat_name, repeated, repeated_said, repeats_section
+from rezero_hf.repeats import original_of, read_repeats, repeat_name, repeated_said, repeats_section
 from rezero_hf.results import committed
 from rezero_hf.study_plan import Row, Study
 from rezero_hf.study_results import summarise
@@ -51,23 +51,23 @@ def test_each_study_stands_beside_what_it_was():
     assert section.splitlines()[2].split(" | ")[1:] == [
         ours,
         "without: 2.100 ± 0.141 bits per byte → 2.050 ± 0.071 bits per byte",
-        f"differ by 0.075 bits per byte in the median, most in {ours}; too fast: 2 → 1 of 2 diverged",
-        *("0, 1 → 3, 4", "1.50", "3.00", "a machine (2 cores) |"),
+        f"differ by 0.075 bits per byte in the median, most in {ours}; too fast: 2 of 2 → 1 of 2 diverged",
+        *("0, 1 → 3, 4", "a machine (2 cores) → a machine (2 cores)", "1.50", "3.00 |"),
     ]
-    assert "The 1 study here took 1.5, so 0.8 hours on two cores." in section
-    assert "In hours on two cores: 1.5 for the 1 of questions beyond it." in section
+    assert "All repeats here took 1.5, so 0.8 hours on two cores." in section
+    assert "those of questions beyond the paper that are listed here (1) would take about 1.5 hours" in section
     assert section.endswith("No repeat is kept of `other`.")
     assert repeated_said(NOW, THEN) == f"with --chosen and seeds 3, 4: {ours}; 1.50 core-hours, a machine (2 cores)"
-    # Two repeats of one study are one study.
+    # Two repeats of one study have two costs, and one search.
     again = repeats_section([(NOW, then), (NOW, then)], ["demo"])
-    assert again.count("| [demo]") == 2 and "The 1 study here took 1.5," in again
+    assert "All repeats here took 3.0," in again and "listed here (1) would take about 1.5 hours" in again
 
 
 def test_accuracy_is_shown_as_error_and_signals_are_not_held_by_where_training_ends():
     then, now = ({**one, "metric": "accuracy"} for one in (result({"rezero": (0.5, 0.7)}), NOW))
     now = {**now, "rows": result({"rezero": (0.6, 0.7)})["rows"]}
     moved = repeats_section([(now, then)], []).splitlines()[2].split(" | ")[3]
-    assert moved == "differ by 5.0 % in the median, most in ReZero: error 40.0 ± 14.1 % → error 35.0 ± 7.1 %"
+    assert moved == "differ by 5.0 points in the median, most in ReZero: error 40.0 ± 14.1 % → error 35.0 ± 7.1 %"
     for one in (then, now):
         one["rows"][0]["runs"][0]["signal"] = {}
     assert repeats_section([(now, then)], []).splitlines()[2].split(" | ")[3] == ""
@@ -76,25 +76,27 @@ def test_accuracy_is_shown_as_error_and_signals_are_not_held_by_where_training_e
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"repeats": "2026-02-02T00:00:00+00:00"}, "what it repeats is not what is committed"),
-        ({"name": "other"}, "what it repeats is not what is committed"),
-        ({"size": "full"}, "only repeats on CPUs are kept, of their size"),
-        ({"device": ["NVIDIA H200"]}, "only repeats on CPUs are kept, of their size"),
-        ({"rows": THEN["rows"][:2]}, "it has other rows"),
-        ({"data": {"fingerprint": "of another text"}}, "it had other data"),
-        ({"data": {"stored": "hashes of other images"}}, "it had other data"),
+        ({"repeats": "2026-02-02T00:00:00+00:00"}, "is not of the result that is committed"),
+        ({"rows": THEN["rows"][:2]}, "has other rows"),
+        ({"data": {"fingerprint": "of another text"}}, "had other data"),
+        ({"data": {"stored": "hashes of other images"}}, "had other data"),
+        ({"core_seconds": None}, "has runs whose time is not known"),
     ],
 )
 def test_what_repeats_something_else_is_refused(change, message):
-    assert repeated(NOW, [THEN]) is THEN
-    with pytest.raises(UserError, match=rf"run again: {message}.*--chosen model_cards/results/"):
-        repeated({**NOW, **change}, [THEN])
+    """With the command that makes one that is kept."""
+    assert original_of(NOW, [THEN]) is THEN
+    found = {word: value for word, value in {**NOW, **change}.items() if value is not None}
+    with pytest.raises(UserError, match=f"this repeat of demo {message}") as caught:
+        original_of(found, [THEN])
+    command = "python scripts/reproduce.py scripts/recipes/demo.yaml --chosen model_cards/results/demo.json"
+    assert str(caught.value).endswith(command)
 
 
-def test_a_repeat_without_times_is_refused():
-    timeless = {word: value for word, value in NOW.items() if word != "core_seconds"}
-    with pytest.raises(UserError, match="runs from before their time was kept"):
-        repeated(timeless, [THEN])
+@pytest.mark.parametrize("change", [{"size": "full"}, {"device": ["NVIDIA H200"]}])
+def test_only_what_anyone_can_repeat_is_kept(change):
+    with pytest.raises(UserError, match="is not kept: only those on CPUs are, at the size for them"):
+        original_of({**NOW, **change}, [THEN])
 
 
 def test_each_choice_of_seeds_has_a_file():
@@ -107,4 +109,4 @@ def test_what_is_committed_repeats_what_is_committed():
     repeats = read_repeats(ROOT / "model_cards" / "repeats")
     assert repeats
     for path, repeat in repeats.items():
-        assert path.stem == repeat_name(repeat, repeated(repeat, studies))
+        assert path.stem == repeat_name(repeat, original_of(repeat, studies))
