@@ -131,6 +131,8 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(recipe, tmp_path, monkey
     run = run_experiment(load_recipe(recipe, words), tmp_path / "run")
     assert steps == [4, 5]
     assert run["results"] == expected["results"]
+    # How long the whole took is known of the one alone.
+    assert expected["wall_seconds"] >= expected["training_seconds"] and "wall_seconds" not in run
     measured = [[(point["step"], point["loss"]) for point in record["curve"]] for record in (run, expected)]
     assert measured[0] == measured[1]
 
@@ -281,6 +283,8 @@ def test_what_another_run_begins_from_is_kept_for_as_long_as_it_is_needed(text_r
         assert trained == expected
         assert (kept / "optimizer.pt").exists() == stop
     each = [6 * 16 * 16 * flops_per_token(plan.model_config(byte_tokenizer()), 16) for plan in (shallow, grown)]
+    first = json.loads((tmp_path / "run,first" / "run.json").read_text())
+    assert run["wall_seconds"] > first["wall_seconds"] >= first["training_seconds"] > 0
     assert run["flops"] == sum(each) and run["curve"][2]["flops"] == each[0]
     assert [point["step"] for point in run["curve"]] == [2, 4, 6, 8, 10, 12]
     with pytest.raises(
