@@ -12,12 +12,13 @@ from .markdown import join
 from .markdown import table as markdown_table
 from .runs import is_processor
 from .study_overview import about_signals, compared, ending, of_the_paper
-from .study_results import place_of, result_name
+from .study_plan import METRICS
+from .study_results import place_of, places, result_name
 from .study_tables import UNITS, row_label, values
 
 
 HEADER = (
-    *("recipe", "what it is about, then → now", "against, then → now", "means of all rows", "seeds, then → now"),
+    *("recipe", "what it is about, then → now", "against, then → now", "all rows", "seeds, then → now"),
     *("machine, then → now", "core-hours", "with the search (estimate)"),
 )
 # A repeat, and the committed result that it is of.
@@ -144,7 +145,9 @@ def _both(row: dict[str, Any], repeat: dict[str, Any], result: dict[str, Any]) -
 
 
 def _moved(repeat: dict[str, Any], result: dict[str, Any]) -> str:
-    """By how much the means of rows differ, and which most; and where another number of seeds diverged."""
+    """By how much the means of rows differ, and which most; whether their order is the same; and where another number
+    of seeds diverged.
+    """
     if about_signals(result):
         return ""
     rows, told = list(_rows(repeat, result)), []
@@ -153,7 +156,8 @@ def _moved(repeat: dict[str, Any], result: dict[str, Any]) -> str:
         scale = 100 if repeat["metric"] == "accuracy" else 1
         middle = size.format(scale * median(abs(difference) for *_, difference in measured))
         most = max(measured, key=lambda found: abs(found[2]))[0]
-        told.append(f"differ by {middle} in the median, most in {_both(most, repeat, result)}")
+        told.append(f"means differ by {middle} in the median, most in {_both(most, repeat, result)}")
+        told.append("the same order" if _order(repeat) == _order(result) else "**another order**")
     for row, then, _ in rows:
         shares = [fmean(run["diverged"] is not None for run in one["runs"]) for one in (then, row)]
         if shares[0] != shares[1]:
@@ -167,6 +171,17 @@ def _rows(here: dict[str, Any], there: dict[str, Any]) -> Iterator[tuple[dict[st
         then = _places(there)[key]
         found = [[run["value"] for run in one["runs"] if run["value"] is not None] for one in (row, then)]
         yield row, then, fmean(found[0]) - fmean(found[1]) if all(found) else math.nan
+
+
+def _order(result: dict[str, Any]) -> dict[tuple, list[str]]:
+    """The rows at each value of `across`, best first, and last those that all diverged."""
+    sign = 1 if METRICS[result["metric"]] else -1
+
+    def rank(row: dict[str, Any]) -> float:
+        found = [run["value"] for run in row["runs"] if run["value"] is not None]
+        return sign * fmean(found) if found else math.inf
+
+    return {place: [row["row"] for row in sorted(rows, key=rank)] for place, rows in places(result).items()}
 
 
 def _places(result: dict[str, Any]) -> dict[tuple, dict[str, Any]]:
