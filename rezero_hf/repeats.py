@@ -62,7 +62,7 @@ def original_of(repeat: dict[str, Any], results: Iterable[dict[str, Any]]) -> di
     elif _identity(repeat["data"]) != _identity(result["data"]):
         wrong = "had other data, for example another Python's standard library"
     elif "core_seconds" not in repeat:
-        wrong = "has runs whose time is not known, because they are old or were resumed: delete these"
+        wrong = "has runs of unknown time (old, resumed, or with more --jobs than cores): delete these"
     if wrong is not None:
         raise UserError(
             f"this repeat of {name} {wrong}. Run: python scripts/reproduce.py scripts/recipes/{name}.yaml --chosen "

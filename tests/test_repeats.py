@@ -81,7 +81,7 @@ def test_accuracy_is_shown_as_error_and_signals_are_not_held_by_where_training_e
         ({"rows": THEN["rows"][:2]}, "has other rows"),
         ({"data": {"fingerprint": "of another text"}}, "had other data"),
         ({"data": {"stored": "hashes of other images"}}, "had other data"),
-        ({"core_seconds": None}, "has runs whose time is not known"),
+        ({"core_seconds": None}, "has runs of unknown time"),
     ],
 )
 def test_what_repeats_something_else_is_refused(change, message):
