@@ -149,7 +149,7 @@ def _moved(repeat: dict[str, Any], result: dict[str, Any]) -> str:
     of seeds diverged.
     """
     if about_signals(result):
-        return ""
+        return _signals_moved(repeat, result)
     rows, told = list(_rows(repeat, result)), []
     if measured := [found for found in rows if math.isfinite(found[2])]:
         size = {"accuracy": "{:.1f} points"}.get(repeat["metric"], f"{{:.3f}} {UNITS[repeat['metric']]}")
@@ -163,6 +163,21 @@ def _moved(repeat: dict[str, Any], result: dict[str, Any]) -> str:
         if shares[0] != shares[1]:
             told.append(f"{row_label(row)}: {_diverged(then)} → {_diverged(row)} diverged")
     return "; ".join(told)
+
+
+def _signals_moved(repeat: dict[str, Any], result: dict[str, Any]) -> str:
+    """By what factor the first seed's chi at the end differs, and where most."""
+
+    def chi(row: dict[str, Any]) -> float | None:
+        return row["runs"][0].get("signal", {}).get("end", {}).get("jacobian", {}).get("chi")
+
+    chis = [(row, chi(then), chi(row)) for row, then, _ in _rows(repeat, result)]
+    factors = [(max(now / then, then / now), row) for row, then, now in chis if now and then]
+    if not factors:
+        return ""
+    middle = median(factor for factor, _ in factors)
+    most = max(factors, key=lambda found: found[0])[1]
+    return f"chi at the end by a factor of {middle:.2f} in the median, most in {_both(most, repeat, result)}"
 
 
 def _rows(here: dict[str, Any], there: dict[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Any], float]]:

@@ -69,8 +69,11 @@ def test_accuracy_is_shown_as_error_and_signals_are_not_held_by_where_training_e
     moved = repeats_section([(now, then)], []).splitlines()[2].split(" | ")[3]
     row = "ReZero: error 40.0 ± 14.1 % → error 35.0 ± 7.1 %"
     assert moved == f"means differ by 5.0 points in the median, most in {row}; the same order"
-    for one in (then, now):
-        one["rows"][0]["runs"][0]["signal"] = {}
+    for one, chi in ((then, 2.0), (now, 1.0)):
+        one["rows"][0]["runs"][0]["signal"] = {"end": {"jacobian": {"chi": chi}}}
+    moved = repeats_section([(now, then)], []).splitlines()[2].split(" | ")[3]
+    assert moved.startswith("chi at the end by a factor of 2.00 in the median, most in ReZero: chi")
+    then["rows"][0]["runs"][0]["signal"]["end"]["jacobian"]["chi"] = None
     assert repeats_section([(now, then)], []).splitlines()[2].split(" | ")[3] == ""
 
 
