@@ -12,8 +12,7 @@ from .markdown import join
 from .markdown import table as markdown_table
 from .runs import is_processor
 from .study_overview import about_signals, compared, ending, of_the_paper
-from .study_plan import METRICS
-from .study_results import place_of, places, result_name
+from .study_results import cost, measured, place_of, places, result_name
 from .study_tables import UNITS, row_label, values
 
 
@@ -151,11 +150,11 @@ def _moved(repeat: dict[str, Any], result: dict[str, Any]) -> str:
     if about_signals(result):
         return _signals_moved(repeat, result)
     rows, told = list(_rows(repeat, result)), []
-    if measured := [found for found in rows if math.isfinite(found[2])]:
+    if comparable := [found for found in rows if math.isfinite(found[2])]:
         size = {"accuracy": "{:.1f} points"}.get(repeat["metric"], f"{{:.3f}} {UNITS[repeat['metric']]}")
         scale = 100 if repeat["metric"] == "accuracy" else 1
-        middle = size.format(scale * median(abs(difference) for *_, difference in measured))
-        most = max(measured, key=lambda found: abs(found[2]))[0]
+        middle = size.format(scale * median(abs(difference) for *_, difference in comparable))
+        most = max(comparable, key=lambda found: abs(found[2]))[0]
         told.append(f"means differ by {middle} in the median, most in {_both(most, repeat, result)}")
         told.append("the same order" if _order(repeat) == _order(result) else "**another order**")
     for row, then, _ in rows:
@@ -182,21 +181,19 @@ def _signals_moved(repeat: dict[str, Any], result: dict[str, Any]) -> str:
 
 def _rows(here: dict[str, Any], there: dict[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Any], float]]:
     """Each row here, the same there, and the difference of their means; NaN where one of them has none."""
+    before = _places(there)
     for key, row in _places(here).items():
-        then = _places(there)[key]
-        found = [[run["value"] for run in one["runs"] if run["value"] is not None] for one in (row, then)]
+        then = before[key]
+        found = [measured(one["runs"]) for one in (row, then)]
         yield row, then, fmean(found[0]) - fmean(found[1]) if all(found) else math.nan
 
 
 def _order(result: dict[str, Any]) -> dict[tuple, list[str]]:
     """The rows at each value of `across`, best first, and last those that all diverged."""
-    sign = 1 if METRICS[result["metric"]] else -1
-
-    def rank(row: dict[str, Any]) -> float:
-        found = [run["value"] for run in row["runs"] if run["value"] is not None]
-        return sign * fmean(found) if found else math.inf
-
-    return {place: [row["row"] for row in sorted(rows, key=rank)] for place, rows in places(result).items()}
+    return {
+        place: [row["row"] for row in sorted(rows, key=lambda row: cost(row, result["metric"]))]
+        for place, rows in places(result).items()
+    }
 
 
 def _places(result: dict[str, Any]) -> dict[tuple, dict[str, Any]]:

@@ -27,7 +27,7 @@ from .launching import end_with_parent
 from .markdown import join
 from .recipe import load_recipe
 from .strict import RecipeError
-from .study_plan import METRICS, Cell, Study, overrides_of, short
+from .study_plan import Cell, Study, as_cost, overrides_of, short
 from .throughput import forget_peak_memory
 
 
@@ -217,7 +217,7 @@ def score(run: dict[str, Any], metric: str) -> float:
     value = run["results"].get("validation", {}).get(metric)
     if run["diverged"] or value is None or not math.isfinite(value):
         return math.inf
-    return value if METRICS[metric] else -value
+    return as_cost(metric, value)
 
 
 def _line(study: Study, cell: Cell, run: dict[str, Any]) -> str:

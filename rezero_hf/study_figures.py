@@ -9,8 +9,9 @@ import numpy as np
 
 from .figures import BLUE, GREY, VERMILION, gate_history, gate_map, log_ticks, new_figure, save, whole_ticks
 from .signal_figures import norm_curves, singular_value_histograms, toy_contours
+from .study_curves import finite
 from .study_plan import METRICS, short
-from .study_results import finite, place_of, places
+from .study_results import measured, place_of, places
 from .study_tables import UNITS, diverged
 from .toy_model import toy_landscape
 
@@ -122,7 +123,7 @@ def bars(rows: list[dict[str, Any]], metric: str, path: str | Path) -> Path:
     rows = rows[::-1]
     figure, ax = new_figure(1.2 + 0.5 * len(rows))
     for place, row in enumerate(rows):
-        there = [run["to_target"] for run in row["runs"] if run["to_target"] is not None]
+        there = measured(row["runs"], "to_target")
         reached = [found["steps"] for found in there]
         if reached:
             if any("within" in found for found in there):
@@ -153,7 +154,7 @@ def depths(result: dict[str, Any], path: str | Path) -> Path:
         points, lost = {}, []
         for row in (row for row in result["rows"] if row["label"] == name):
             place = values.index(place_of(row)[0][1])
-            found = [run["value"] for run in row["runs"] if run["value"] is not None]
+            found = measured(row["runs"])
             if found:
                 points[place] = found
             if len(found) < len(row["runs"]):

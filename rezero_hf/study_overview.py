@@ -1,15 +1,14 @@
 """All studies at a glance: a line each for the README, and what a recipe's header says was measured."""
 
 from collections.abc import Collection, Iterable
-from statistics import fmean
 from typing import Any
 
 import yaml
 
 from .markdown import join
 from .markdown import table as markdown_table
-from .study_plan import METRICS, short
-from .study_results import places, result_name
+from .study_plan import short
+from .study_results import cost, measured, places, result_name
 from .study_tables import UNITS, baseline_of, diverged, lossy, reach, spectrum, speed_up, spread, values
 
 
@@ -80,14 +79,10 @@ def compared(result: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | N
     rows = list(places(result).values())[-1]
     ours = next((row for row in rows if row["row"] == result["ours"]), rows[-1])
     as_in_paper = next((row for row in rows if row is not ours and row["row"] == "rezero"), None)
-    others = [row for row in rows if row is not ours and any(run["value"] is not None for run in row["runs"])]
-
-    def rank(row: dict[str, Any]) -> float:
-        mean = fmean(run["value"] for run in row["runs"] if run["value"] is not None)
-        return mean if METRICS[result["metric"]] else -mean
-
+    others = [row for row in rows if row is not ours and measured(row["runs"])]
     named = next((row for row in others if row["row"] == result["against"]), None)
-    return ours, named or min(others, key=rank, default=None), as_in_paper
+    best = min(others, key=lambda row: cost(row, result["metric"]), default=None)
+    return ours, named or best, as_in_paper
 
 
 def _where(result: dict[str, Any]) -> str:
@@ -117,10 +112,9 @@ def ending(result: dict[str, Any], row: dict[str, Any]) -> str:
     if about_signals(result):
         return ", ".join(f"chi {spectrum(row, moment)[0]} at the {moment}" for moment in ("start", "end"))
     if result["metric"] != "accuracy":
-        measured = any(run["value"] is not None for run in row["runs"])
-        return values(row["runs"], "value") + (f" {UNITS[result['metric']]}" if measured else "")
+        return values(row["runs"], "value") + (f" {UNITS[result['metric']]}" if measured(row["runs"]) else "")
     # As papers on images have it.
-    found = [100 * (1 - run["value"]) for run in row["runs"] if run["value"] is not None]
+    found = [100 * (1 - value) for value in measured(row["runs"])]
     return f"error {spread(found, '{:.1f}')} %{diverged(row['runs'])}" if found else values(row["runs"], "value")
 
 

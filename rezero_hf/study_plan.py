@@ -15,7 +15,6 @@ from .strict import RecipeError, check_names, checked, made
 # Metric -> whether less of it is better.
 METRICS = {"bits_per_byte": True, "loss": True, "accuracy": False}
 
-
 # What a study's folder holds beside a folder for each row.
 TAKEN = ("bases", "figures", "result.json")
 
@@ -232,3 +231,8 @@ def short(key: str) -> str:
 
 def _product(across: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
     return (dict(zip(across, values, strict=True)) for values in itertools.product(*across.values()))
+
+
+def as_cost(metric: str, value: float) -> float:
+    """A measurement, or a difference of two, with the sign by which less is better."""
+    return value if METRICS[metric] else -value

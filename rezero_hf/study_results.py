@@ -2,7 +2,6 @@
 
 import json
 import math
-from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from statistics import fmean
@@ -13,7 +12,8 @@ import yaml
 
 from .errors import UserError, one_line
 from .recipe import FAMILIES, changed_words, load_recipe
-from .study_plan import METRICS, Cell, Row, Study, load_study
+from .study_curves import finite, first_at
+from .study_plan import Cell, Row, Study, as_cost, load_study
 from .traces import scrub
 
 
@@ -155,27 +155,6 @@ def _distinct(values: Iterable[Any]) -> list[Any]:
     return found
 
 
-def first_at(curve: list[dict[str, Any]], metric: str, target: float | None) -> dict[str, float] | None:
-    """Steps and training seconds at which a curve first reaches a value, between two evaluations by a straight line.
-
-    Returns:
-        `steps` and `seconds`, and `within` if it was there at the first evaluation, so that these are an upper bound;
-        None if it never gets there, or without a target.
-    """
-    if target is None:
-        return None
-    sign = 1 if METRICS[metric] else -1
-    points = finite(curve, metric)
-    for before, after in zip([points[0], *points] if points else [], points, strict=False):
-        if sign * (after[metric] - target) <= 0:
-            change = before[metric] - after[metric]
-            share = (before[metric] - target) / change if change else 1.0
-            read = {"steps": "step", "seconds": "training_seconds"}
-            found = {name: before[key] + share * (after[key] - before[key]) for name, key in read.items()}
-            return found | ({"within": True} if before is after else {})
-    return None
-
-
 def _row(study: Study, cell: Cell, runs: list[dict[str, Any]]) -> dict[str, Any]:
     chosen = [run for run in runs if run["chosen"]]
     best = chosen[0]["set"]
@@ -224,11 +203,6 @@ def _target(study: Study, rows: list[dict[str, Any]]) -> float | None:
     return fmean(float(np.interp(at, *points)) for points in read) if read else None
 
 
-def finite(curve: list[dict[str, Any]], metric: str) -> list[dict[str, Any]]:
-    """The points of a curve at which the metric was measured and is a number."""
-    return [point for point in curve if point.get(metric) is not None and math.isfinite(point[metric])]
-
-
 def place_of(row: dict[str, Any]) -> tuple:
     """At which value of `across` a row stands; one without is nowhere."""
     at = row["at"].items()
@@ -243,54 +217,12 @@ def places(result: dict[str, Any]) -> dict[tuple, list[dict[str, Any]]]:
     return found
 
 
-def ahead_from(
-    ours: dict[str, Any], other: dict[str, Any], metric: str, mean: bool = False, seconds: bool = False
-) -> float | None:
-    """From when on one row is better than another, to the end.
-
-    Args:
-        ours, other: the rows, with the same seeds.
-        metric: which of the curves' numbers.
-        mean: compare means over the seeds; else (default) every seed by itself has to be better.
-        seconds: compare at equal times, by what a step of each takes; else (default) at equal steps. Between two
-            evaluations a curve is a straight line, and it stays at its last value while the other goes on.
-
-    Returns:
-        the step of `ours`, or the seconds, of the first evaluation of either from which on it is; None where it is not
-        at the end.
-    """
-    # What is not there or no number, as after diverging, is behind.
-    steps = sorted({point["step"] for run in (*ours["runs"], *other["runs"]) for point in run["curve"]})
-    pairs = [
-        [_on(steps, finite(run["curve"], metric), metric) for run in runs]
-        for runs in zip(ours["runs"], other["runs"], strict=True)
-    ]
-    if mean:
-        pairs = [[[fmean(at) for at in zip(*curves, strict=True)] for curves in zip(*pairs, strict=True)]]
-    takes = [row["step_seconds"] if seconds else 1 for row in (ours, other)]
-    first = None
-    for time in sorted({step * each for step in steps for each in takes}, reverse=True):
-        if time < steps[0] * max(takes):
-            break
-        here = [
-            [_between(steps, curve, time / each) for curve, each in zip(pair, takes, strict=True)] for pair in pairs
-        ]
-        if not all(mine < theirs for mine, theirs in here):
-            break
-        first = time
-    return first
+def measured(runs: Iterable[dict[str, Any]], word: str = "value") -> list[Any]:
+    """One word of each run that has it: of `value` (default), those that ended with a number."""
+    return [run[word] for run in runs if run[word] is not None]
 
 
-def _on(steps: list[int], points: list[dict[str, Any]], metric: str) -> list[float]:
-    """A curve on given steps, less being better, infinite where it has no point."""
-    found = {point["step"]: (1 if METRICS[metric] else -1) * point[metric] for point in points}
-    return [found.get(step, math.inf) for step in steps]
-
-
-def _between(steps: list[int], curve: list[float], step: float) -> float:
-    # A time divided by what a step takes may fall short of the first by a rounding.
-    place = max(bisect_right(steps, step), 1)
-    if place == len(steps) or steps[place - 1] == step:
-        return curve[place - 1]
-    share = (step - steps[place - 1]) / (steps[place] - steps[place - 1])
-    return (1 - share) * curve[place - 1] + share * curve[place]
+def cost(row: dict[str, Any], metric: str) -> float:
+    """A row's mean over seeds, less being better; infinite where no run ended with a number."""
+    found = measured(row["runs"])
+    return as_cost(metric, fmean(found)) if found else math.inf

@@ -9,8 +9,9 @@ from typing import Any
 from .diagnostics import zeros_are_resolved
 from .markdown import table as markdown_table
 from .runs import commit_name
+from .study_curves import ahead_from
 from .study_plan import short
-from .study_results import ahead_from, place_of, places, result_name
+from .study_results import measured, place_of, places, result_name
 
 
 CARD = """# {item}
@@ -236,7 +237,7 @@ def baseline_of(result: dict[str, Any], row: dict[str, Any]) -> dict[str, Any] |
 
 def values(runs: list[dict[str, Any]], word: str) -> str:
     """Mean and spread of the runs that did not diverge, and how many did."""
-    found = [run[word] for run in runs if run[word] is not None]
+    found = measured(runs, word)
     if not found:
         return "diverged" if diverged(runs) else ""
     return spread(found, "{:.3f}") + diverged(runs)
@@ -251,7 +252,7 @@ def diverged(runs: list[dict[str, Any]]) -> str:
 def reach(runs: list[dict[str, Any]], word: str, form: str = "{:.0f}") -> str:
     if all(run["diverged"] for run in runs):
         return ""
-    found = [run["to_target"] for run in runs if run["to_target"] is not None]
+    found = measured(runs, "to_target")
     if not found:
         return "never"
     within = "≤ " if _within(runs) else ""
@@ -261,7 +262,7 @@ def reach(runs: list[dict[str, Any]], word: str, form: str = "{:.0f}") -> str:
 
 def _within(runs: list[dict[str, Any]]) -> bool:
     """Whether one of them was at the target when it was first measured."""
-    return any(run["to_target"] is not None and "within" in run["to_target"] for run in runs)
+    return any("within" in reached for reached in measured(runs, "to_target"))
 
 
 def speed_up(row: dict[str, Any], base: dict[str, Any] | None) -> str:

@@ -10,9 +10,10 @@ from rezero_hf.errors import UserError
 from rezero_hf.flops import flops_per_token
 from rezero_hf.recipe import RecipeError, load_recipe
 from rezero_hf.studies import run_study, tune
+from rezero_hf.study_curves import ahead_from, first_at
 from rezero_hf.study_figures import draw
 from rezero_hf.study_plan import Cell, Row, Study, load_study
-from rezero_hf.study_results import ahead_from, chosen_in, first_at, read_result, summarise
+from rezero_hf.study_results import chosen_in, read_result, summarise
 from rezero_hf.study_tables import study_card, study_table
 from rezero_hf.tokenization import load_tokenizer
 
