@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .errors import UserError
+from .errors import UserError, one_line
 from .markdown import join
 from .markdown import table as markdown_table
 from .runs import commit_name, read_metrics
@@ -16,6 +16,8 @@ from .traces import scrub
 
 
 NONE = "No client's result is committed yet."
+# What tells results apart: a word that those of a kind have, and the kind.
+KINDS = {"comparisons": "benchmarks", "rows": "studies", "checks": "integrations"}
 COLUMNS = ("run", "seed", "parameters", "tokens", "validation", "test", "training", "device", "versions", "commit")
 
 
@@ -50,7 +52,13 @@ def collect_result(run_dir: str | Path) -> dict[str, Any]:
             without some of its arms, or integrations without some of their clients.
     """
     path = Path(run_dir) / "result.json"
-    result = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        kind = {"size", "complete"} <= result.keys() and any(word in result for word in KINDS)
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path}: is no result ({one_line(error)})") from error
+    if not kind:
+        raise UserError(f"{path}: is no result of a study, a benchmark or the integrations")
     if result["size"] == "smoke":
         raise UserError(f"{run_dir} is a smoke run; its numbers mean nothing")
     if not result["complete"]:
@@ -74,8 +82,8 @@ def committed(folder: str | Path) -> Committed:
     found = Committed([], [], [], [])
     for path in sorted(Path(folder).glob("*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
-        kinds = {"comparisons": found.benchmarks, "rows": found.studies, "checks": found.integrations}
-        next((kinds[word] for word in kinds if word in record), found.runs).append(record)
+        kind = next((KINDS[word] for word in KINDS if word in record), "runs")
+        getattr(found, kind).append(record)
     return found
 
 

@@ -43,44 +43,54 @@ def ahead_from(
         metric: which of the curves' numbers.
         mean: compare means over the seeds; else (default) every seed by itself has to be better.
         seconds: compare at equal times, by what a step of each takes; else (default) at equal steps. Between two
-            evaluations a curve is a straight line, and it stays at its last value while the other goes on.
+            evaluations a curve is a straight line, and it stays at its last value while the other goes on. What has
+            diverged is behind.
 
     Returns:
         the step of `ours`, or the seconds, of the first evaluation of either from which on it is; None where it is not
         at the end.
     """
-    # What is not there or no number, as after diverging, is behind.
-    steps = sorted({point["step"] for run in (*ours["runs"], *other["runs"]) for point in run["curve"]})
-    pairs = [
-        [_on(steps, finite(run["curve"], metric), metric) for run in runs]
-        for runs in zip(ours["runs"], other["runs"], strict=True)
-    ]
-    if mean:
-        pairs = [[[fmean(at) for at in zip(*curves, strict=True)] for curves in zip(*pairs, strict=True)]]
     takes = [row["step_seconds"] if seconds else 1 for row in (ours, other)]
-    first = None
-    for time in sorted({step * each for step in steps for each in takes}, reverse=True):
-        if time < steps[0] * max(takes):
-            break
-        here = [
-            [_between(steps, curve, time / each) for curve, each in zip(pair, takes, strict=True)] for pair in pairs
-        ]
-        if not all(mine < theirs for mine, theirs in here):
+    sides = [[_costs(run, metric, each) for run in row["runs"]] for row, each in zip((ours, other), takes, strict=True)]
+    begin, first = first_compared(ours, other, seconds), None
+    points = [(run["curve"], each) for row, each in zip((ours, other), takes, strict=True) for run in row["runs"]]
+    times = {each * point["step"] for curve, each in points for point in curve}
+    for time in sorted((time for time in times if time >= begin), reverse=True):
+        here = [[_at(curve, time) for curve in side] for side in sides]
+        if mean:
+            here = [[fmean(values)] for values in here]
+        if not all(mine < theirs for mine, theirs in zip(*here, strict=True)):
             break
         first = time
     return first
 
 
-def _on(steps: list[int], points: list[dict[str, Any]], metric: str) -> list[float]:
-    """A curve on given steps, less being better, infinite where it has no point."""
-    found = {point["step"]: as_cost(metric, point[metric]) for point in points}
-    return [found.get(step, math.inf) for step in steps]
+def first_compared(ours: dict[str, Any], other: dict[str, Any], seconds: bool = False) -> float:
+    """The first step, or second, at which two rows have both been measured."""
+    takes = [row["step_seconds"] if seconds else 1 for row in (ours, other)]
+    firsts = [
+        min((run["curve"][0]["step"] for run in row["runs"] if run["curve"]), default=0) * each
+        for row, each in zip((ours, other), takes, strict=True)
+    ]
+    return max(firsts)
 
 
-def _between(steps: list[int], curve: list[float], step: float) -> float:
-    # A time divided by what a step takes may fall short of the first by a rounding.
-    place = max(bisect_right(steps, step), 1)
-    if place == len(steps) or steps[place - 1] == step:
-        return curve[place - 1]
-    share = (step - steps[place - 1]) / (steps[place] - steps[place - 1])
-    return (1 - share) * curve[place - 1] + share * curve[place]
+def _costs(run: dict[str, Any], metric: str, takes: float) -> list[tuple[float, float]]:
+    """A run's curve as time and cost; what is no number, and all after a run that diverged, is behind everything."""
+    known = {point["step"]: as_cost(metric, point[metric]) for point in finite(run["curve"], metric)}
+    curve = [(takes * point["step"], known.get(point["step"], math.inf)) for point in run["curve"]]
+    if run["diverged"] and curve:
+        curve.append((math.nextafter(curve[-1][0], math.inf), math.inf))
+    return curve
+
+
+def _at(curve: list[tuple[float, float]], time: float) -> float:
+    """A curve between two of its points, by a straight line; after its last one it stays there."""
+    place = bisect_right(curve, time, key=lambda point: point[0])
+    if place == 0:
+        return math.inf
+    (since, before), (until, after) = curve[place - 1], curve[min(place, len(curve) - 1)]
+    if since in (time, until):
+        return before
+    share = (time - since) / (until - since)
+    return (1 - share) * before + share * after

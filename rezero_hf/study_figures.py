@@ -58,6 +58,9 @@ def draw(result: dict[str, Any], folder: str | Path) -> list[Path]:
             form: {at: both[moment] for at, both in of.items() if moment in both} for form, of in signals.items()
         }
         records = {form: of for form, of in records.items() if of}
+        if not records:
+            # All have diverged.
+            continue
         drawn.append(singular_value_histograms(records, folder / f"spectra_{moment}.png"))
         deepest = max(at for of in records.values() for at in of)
         named = {form + ("" if deepest in of else f" (at {max(of)})"): of[max(of)] for form, of in records.items()}

@@ -15,6 +15,9 @@ from .strict import RecipeError, check_names, checked, made
 # Metric -> whether less of it is better.
 METRICS = {"bits_per_byte": True, "loss": True, "accuracy": False}
 
+# How many seeds there are: what every generator takes.
+SEEDS = 2**32
+
 # What a study's folder holds beside a folder for each row.
 TAKEN = ("bases", "figures", "result.json")
 
@@ -180,6 +183,19 @@ def load_study(path: str | Path, size: str = "cpu") -> Study:
     for word, found in [("rows", rows), ("seeds", study.seeds), *study.across.items(), *tuned]:
         if not found or not isinstance(found, list | dict):
             raise RecipeError(f"{path}: study: {word}={found!r}: needs a list with at least one entry.")
+    images = (document.get("model") or {}).get("model_type", "rezero") != "rezero"
+    known = ("loss", "accuracy") if images or document.get("task") else ("loss", "bits_per_byte")
+    for word, fits, needs in (
+        ("metric", study.metric in known, f"is not measured here; take one of {', '.join(known)}"),
+        ("seeds", all(0 <= seed < SEEDS for seed in study.seeds), "needs numbers from 0 to 2**32 - 1"),
+        ("extend", study.extend >= 0, "needs to be at least 0"),
+        ("target_at", study.target_at is None or 0 < study.target_at <= 1, "is a share of the steps, above 0 up to 1"),
+    ):
+        if not fits:
+            raise RecipeError(f"{path}: study: {word}={getattr(study, word)!r}: {needs}.")
+    for name, row in rows.items():
+        if varied := [key for key in study.across if key in {**row.set, **row.first}]:
+            raise RecipeError(f"{path}: study.rows.{name}: {varied[0]} is what study.across varies.")
     labels = [row.label for row in rows.values()]
     # Two cells of one name would run in one folder, two rows of one label be drawn as one.
     for word, found in [("seeds", study.seeds), ("rows: label", labels), *study.across.items()]:
@@ -198,8 +214,7 @@ def load_study(path: str | Path, size: str = "cpu") -> Study:
     if study.baseline is not None and any(row.first for row in rows.values()):
         raise RecipeError(f"{path}: study.baseline compares steps, and those of a row with `first` are of two kinds.")
     # What neither reads text nor goes on by its blocks.
-    other = document.get("task") or (document.get("model") or {}).get("model_type", "rezero") != "rezero"
-    if other and any(row.first for row in rows.values()):
+    if (images or document.get("task")) and any(row.first for row in rows.values()):
         raise RecipeError(f"{path}: a row with `first` goes on with the blocks of a language model's text.")
     if document.get("task") and study.baseline is not None:
         raise RecipeError(f"{path}: study.baseline times steps, which differ with the rows of a task; leave it out.")

@@ -223,6 +223,6 @@ def measured(runs: Iterable[dict[str, Any]], word: str = "value") -> list[Any]:
 
 
 def cost(row: dict[str, Any], metric: str) -> float:
-    """A row's mean over seeds, less being better; infinite where no run ended with a number."""
+    """A row's mean over seeds, less being better; infinite where a run has no number, for the others were lucky."""
     found = measured(row["runs"])
-    return as_cost(metric, fmean(found)) if found else math.inf
+    return as_cost(metric, fmean(found)) if found and len(found) == len(row["runs"]) else math.inf

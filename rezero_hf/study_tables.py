@@ -9,7 +9,7 @@ from typing import Any
 from .diagnostics import zeros_are_resolved
 from .markdown import table as markdown_table
 from .runs import commit_name
-from .study_curves import ahead_from
+from .study_curves import ahead_from, first_compared
 from .study_plan import short
 from .study_results import measured, place_of, places, result_name
 
@@ -200,10 +200,8 @@ def _leads(result: dict[str, Any]) -> str | None:
 
 
 def _lead(ours: dict[str, Any], other: dict[str, Any], metric: str) -> Iterator[str]:
-    first = min(point["step"] for run in (*ours["runs"], *other["runs"]) for point in run["curve"])
     timed = bool(ours["step_seconds"] and other["step_seconds"])
     for seconds in (False, True):
-        begin = first * (max(row["step_seconds"] for row in (ours, other)) if seconds and timed else 1)
         for mean in (True, False):
             if seconds and not timed:
                 yield ""
@@ -211,7 +209,7 @@ def _lead(ours: dict[str, Any], other: dict[str, Any], metric: str) -> Iterator[
             since = ahead_from(ours, other, metric, mean=mean, seconds=seconds)
             if since is None:
                 yield "not at the end"
-            elif math.isclose(since, begin):
+            elif math.isclose(since, first_compared(ours, other, seconds)):
                 yield "always"
             else:
                 yield f"from {since:.3g} s on" if seconds else f"from step {since} on"
@@ -244,8 +242,8 @@ def values(runs: list[dict[str, Any]], word: str) -> str:
 
 
 def diverged(runs: list[dict[str, Any]]) -> str:
-    """A remark where some did."""
-    lost = sum(run["diverged"] is not None for run in runs)
+    """A remark where some did, or ended without a number."""
+    lost = sum(run["diverged"] is not None or run["value"] is None for run in runs)
     return f" ({lost} of {len(runs)} diverged)" if lost else ""
 
 

@@ -28,7 +28,7 @@ from rezero_hf.step_times import step_times
 from rezero_hf.strict import check_names
 from rezero_hf.studies import run_study
 from rezero_hf.study_figures import draw
-from rezero_hf.study_plan import load_study
+from rezero_hf.study_plan import SEEDS, load_study
 from rezero_hf.study_results import chosen_in, read_result, summarise
 from rezero_hf.study_tables import study_table
 
@@ -109,7 +109,7 @@ def main(
 
 def other_seeds(text: str, known: list[int]) -> list[int]:
     seeds = numbers(text, "--seeds")
-    if len({*seeds, *known}) < len(seeds) + len(known) or not all(0 <= seed < 2**32 for seed in seeds):
+    if len({*seeds, *known}) < len(seeds) + len(known) or not all(0 <= seed < SEEDS for seed in seeds):
         raise UserError(f"--seeds {text}: each once, from 0 to 2**32 - 1, and none of the recipe's ({known})")
     return seeds
 

@@ -108,7 +108,12 @@ def test_committed_studies_are_of_their_recipes_as_they_are():
 
 
 def test_a_result_is_collected_without_the_machines_paths(tmp_path):
-    result = {"size": "cpu", "complete": True, "command": "scripts/benchmark.py --output /home/somebody/secret/runs"}
+    result = {
+        "size": "cpu",
+        "complete": True,
+        "comparisons": [],
+        "command": "scripts/benchmark.py --output /home/somebody/secret/runs",
+    }
     (tmp_path / "result.json").write_text(json.dumps(result))
     assert collect_result(tmp_path)["command"] == "scripts/benchmark.py --output runs"
 
@@ -116,8 +121,12 @@ def test_a_result_is_collected_without_the_machines_paths(tmp_path):
 def test_a_study_or_benchmark_that_is_no_result_is_refused(tmp_path):
     """Smoke runs and single rows or measures cannot replace a committed table."""
     for changes, message in (({"size": "smoke"}, "smoke run"), ({"complete": False}, "a part alone")):
-        (tmp_path / "result.json").write_text(json.dumps({"size": "cpu", "complete": True, **changes}))
+        (tmp_path / "result.json").write_text(json.dumps({"size": "cpu", "complete": True, "rows": [], **changes}))
         with pytest.raises(UserError, match=message):
+            collect_result(tmp_path)
+    for text in ('{"size": "cpu"', "[]", '{"complete": true}', '{"size": "cpu", "complete": true}'):
+        (tmp_path / "result.json").write_text(text)
+        with pytest.raises(UserError, match=r"result.json: is no result"):
             collect_result(tmp_path)
 
 

@@ -189,6 +189,13 @@ def test_a_run_that_diverged_has_not_reached_the_target():
         assert "# item" in study_card(result, [])
 
 
+def test_where_all_signals_diverged_the_other_pictures_are_drawn(tmp_path):
+    study = Study("item", {"rezero": Row("ReZero")}, seeds=[0], signal=True)
+    run = {**record(2.0, 0, diverged="nan"), "set": {}, "chosen": True, "signal": {}}
+    drawn = draw(summarise("demo", "cpu", study, {"rezero": [run]}), tmp_path)
+    assert [path.name for path in drawn] == ["curves.png"]
+
+
 def test_each_depth_is_held_against_its_own_baseline(tmp_path):
     """Targets, speed-ups and pictures are of one value of `across`, never of another one's baseline."""
     rows = {"base": Row("base line"), "fast": Row("fast")}
@@ -225,9 +232,9 @@ def test_ahead_means_for_good():
     """With every seed, or in their mean; a lead that is lost for a while begins where it is back; what has diverged is
     behind. At equal times a slower row is compared with what the other one has come to meanwhile."""
 
-    def row(*curves, takes=None):
-        runs = [{"curve": [{"step": 10 * (k + 1), "loss": v} for k, v in enumerate(c)]} for c in curves]
-        return {"runs": runs, "step_seconds": takes}
+    def row(*curves, takes=None, every=10, diverged=None):
+        runs = [{"curve": [{"step": every * (k + 1), "loss": v} for k, v in enumerate(c)]} for c in curves]
+        return {"runs": [{**run, "diverged": diverged} for run in runs], "step_seconds": takes}
 
     ours, other = row([5, 3, 2, 1], [5, 3, 2, 1]), row([6, 4, 3, 2], [6, 4, 1.5, 2])
     assert ahead_from(ours, other, "loss") == 40
@@ -242,8 +249,18 @@ def test_ahead_means_for_good():
     assert ahead_from(slow, fast, "loss", seconds=True) == 80.0 and ahead_from(slow, fast, "loss") == 10
     assert ahead_from(fast, row([5, 3, 2, 1.9], takes=2.0), "loss", seconds=True) is None
     # Of accuracy more is better.
-    accuracy = [{"runs": [{"curve": [{"step": 10, "accuracy": value}]}]} for value in (0.7, 0.6)]
+    accuracy = [
+        {"runs": [{"curve": [{"step": 10, "accuracy": value}], "diverged": None}], "step_seconds": None}
+        for value in (0.7, 0.6)
+    ]
     assert ahead_from(*accuracy, "accuracy") == 10
+    # A shorter run stays where it ended, unless it diverged there; one that is measured less often is read in between.
+    assert ahead_from(row([3, 1]), row([4, 3, 2]), "loss") == 10
+    assert ahead_from(row([3, 1], diverged="nan"), row([4, 3, 2]), "loss") is None
+    assert ahead_from(row([4, 3, 2]), row([3, 1], diverged="nan"), "loss") == 30
+    assert ahead_from(row([2, 0.5]), row([3, 1], diverged="nan"), "loss") == 10
+    assert ahead_from(row([3, 1], every=20), row([6, 5, 4, 3]), "loss") == 20
+    assert ahead_from(row([6, 5, 4, 3]), row([7, 3.5], every=20), "loss") == 20
 
 
 def test_a_target_is_read_between_two_evaluations():
@@ -310,6 +327,15 @@ def test_a_committed_study_is_fair_by_its_words(recipe):
         ("{item: x, rows: {a: {label: a, first: {model.depth: 2}}}}", "key 'depth' is unknown"),
         ("{item: x, rows: {a: {label: a, set: {init_from.grow_to: 4}}}}", "needs init_from.path"),
         ("{item: x, rows: {a: {label: a, first: {model.num_hidden_layers: 2}}}, baseline: a}", "compares steps"),
+        ("{item: x, rows: {a: {label: a}}, metric: accuracy}", "metric='accuracy': is not measured here; take one of"),
+        ("{item: x, rows: {a: {label: a}}, seeds: [-1]}", r"seeds=\[-1\]: needs numbers from 0"),
+        ("{item: x, rows: {a: {label: a}}, seeds: [one]}", r"seeds"),
+        ("{item: x, rows: {a: {label: a}}, extend: -1}", "extend=-1: needs to be at least 0"),
+        ("{item: x, rows: {a: {label: a}}, target_at: 2.0}", r"target_at=2\.0: is a share of the steps"),
+        (
+            "{item: x, across: {model.hidden_size: [8, 16]}, rows: {a: {label: a, set: {model.hidden_size: 8}}}}",
+            r"study\.rows\.a: model\.hidden_size is what study\.across varies",
+        ),
         ("{item: x, rows: {}}", "study: rows={}: needs a list with at least one entry"),
         ("{item: x, rows: {a: {label: a}}, seeds: []}", r"study: seeds=\[\]: needs a list"),
         ("{item: x, rows: {a: {label: a}}, seeds: [0, 0]}", r"study: seeds=\[0, 0\]: has one twice"),
