@@ -18,8 +18,8 @@ from .turns import Spread, ratios, sign_test
 
 CARD = """# Speed and memory, beside other libraries
 
-Every arm has a process of its own, in which it and ReZero as shipped take turns, one repeat each. "ReZero is better
-by" is the median of the ratios of such neighbours and their quartiles: above 1 ReZero is faster or smaller, below 1
+Every arm has a process of its own, in which it and ReZero as shipped take turns, one repeat each. "ReZero relative
+to it" is the median of the ratios of such pairs and their quartiles: above 1 ReZero is faster or smaller, below 1
 slower or larger; ReZero beside itself shows what is noise. It is "ahead" or "behind" where the median is more than 0.01
 from 1 and a sign test finds the ratios on that side (5 %, each line by itself), "even" within 0.01, else "not told
 apart": the repeats disagree. {sizes}
@@ -47,9 +47,9 @@ SIZES = (
 )
 NONE = "No measurement is committed yet."
 LEGEND = (
-    "Above 1 ReZero is faster or smaller than the best of them, below 1 slower or larger: the median of neighbours in "
-    "time, which need not be the ratio of the two medians beside it, and in brackets the quartiles. Shares of a limit "
-    "are of ReZero beside itself."
+    "Relative to the best peer: above 1 ReZero is faster or smaller, below 1 slower or larger. It is the median of "
+    "paired measurements, so it can differ from the ratio of the two columns, with the quartiles in brackets. Shares "
+    "of a limit are of ReZero beside itself."
 )
 TICKS = (0.1, 0.2, 0.35, 0.6, 0.8, 1, 1.25, 1.6, 3, 5, 10)
 
@@ -110,7 +110,7 @@ def benchmark_table(result: dict[str, Any]) -> str | None:
             reached = _shares(ours) if ours else ""
             peer = f"{best['arm']}: {_number(best)}"
             lines.append([*_what(best), _number(best, "reference"), reached, peer, *_compared(best)])
-    header = ("measure", "precision", "ReZero", "of the limit", "best peer", "ReZero is better by", "ReZero is")
+    header = ("measure", "precision", "ReZero", "of the limit", "best peer", "relative to it", "ReZero is")
     return markdown_table(header, lines)
 
 
@@ -124,7 +124,7 @@ def relatives_table(result: dict[str, Any]) -> str | None:
         if not arm["peer"] and arm["name"] != REFERENCE.name and any(rows):
             lines.append([f"{arm['name']}: {arm['words']}", *(_gain(row) if row else "" for row in rows)])
     labels = [f"{MEASURES[name].label.removeprefix('decode, ')}, {mode}" for name, mode in columns]
-    header = ["writes as many times as many tokens as ReZero as shipped", *labels]
+    header = ["speed of generation, relative to ReZero as shipped", *labels]
     return markdown_table(header, lines) if lines else None
 
 
@@ -145,7 +145,7 @@ def benchmark_section(results: Iterable[dict[str, Any]]) -> str:
 
 def benchmark_card(result: dict[str, Any]) -> str:
     """A page on one benchmark: every arm in every measure."""
-    header = ("arm", "precision", "measured", "of the limit", "ReZero is better by", "ReZero is", "repeats")
+    header = ("arm", "precision", "measured", "of the limit", "ReZero relative to it", "ReZero is", "repeats")
     tables = ""
     for name, measure in MEASURES.items():
         rows = [row for row in result["comparisons"] if row["measure"] == name]

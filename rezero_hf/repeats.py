@@ -13,7 +13,7 @@ from .markdown import table as markdown_table
 from .runs import is_processor
 from .study_overview import about_signals, compared, ending, of_the_paper
 from .study_results import cost, measured, place_of, places, result_name
-from .study_tables import UNITS, row_label, values
+from .study_tables import DIGITS, UNITS, as_shown, row_label, values
 
 
 HEADER = (
@@ -33,8 +33,9 @@ def repeated_table(here: dict[str, Any], there: dict[str, Any]) -> str:
     """Each row of a result beside the same of another that had its words already, and by how much its mean differs."""
     lines = []
     for row, then, difference in _rows(here, there):
-        told = f"{difference:+.3f}" if math.isfinite(difference) else ""
-        lines.append([row_label(row), values(then["runs"], "value"), values(row["runs"], "value"), told])
+        ends = [values(one["runs"], "value", here["metric"]) for one in (then, row)]
+        told = f"{difference:+.{DIGITS[here['metric']]}f}" if math.isfinite(difference) else ""
+        lines.append([row_label(row), *ends, told])
     return markdown_table(("row", "there", f"here ({UNITS[here['metric']]})", "difference"), lines)
 
 
@@ -133,7 +134,7 @@ def _together(pairs: list[Pair]) -> Iterator[str]:
             hours = sum(_hours_with_search(*pair) for pair in those) / 2
             yield (
                 f"With the search, {which} that are listed here ({len(those)}) would take about {hours:.1f} hours on "
-                "two cores, if it costs as many times more as when they were tuned."
+                "two cores, if it costs the same multiple as when they were tuned."
             )
 
 
@@ -151,9 +152,8 @@ def _moved(repeat: dict[str, Any], result: dict[str, Any]) -> str:
         return _signals_moved(repeat, result)
     rows, told = list(_rows(repeat, result)), []
     if comparable := [found for found in rows if math.isfinite(found[2])]:
-        size = {"accuracy": "{:.1f} points"}.get(repeat["metric"], f"{{:.3f}} {UNITS[repeat['metric']]}")
-        scale = 100 if repeat["metric"] == "accuracy" else 1
-        middle = size.format(scale * median(abs(difference) for *_, difference in comparable))
+        unit = "points" if repeat["metric"] == "accuracy" else UNITS[repeat["metric"]]
+        middle = f"{median(abs(difference) for *_, difference in comparable):.{DIGITS[repeat['metric']]}f} {unit}"
         most = max(comparable, key=lambda found: abs(found[2]))[0]
         told.append(f"means differ by {middle} in the median, most in {_both(most, repeat, result)}")
         told.append("the same order" if _order(repeat) == _order(result) else "**another order**")
@@ -184,7 +184,7 @@ def _rows(here: dict[str, Any], there: dict[str, Any]) -> Iterator[tuple[dict[st
     before = _places(there)
     for key, row in _places(here).items():
         then = before[key]
-        found = [measured(one["runs"]) for one in (row, then)]
+        found = [[as_shown(value, here["metric"]) for value in measured(one["runs"])] for one in (row, then)]
         yield row, then, fmean(found[0]) - fmean(found[1]) if all(found) else math.nan
 
 

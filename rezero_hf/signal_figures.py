@@ -72,7 +72,8 @@ def singular_value_histograms(records: Mapping[str, Mapping[int, dict]], path: s
     grey where fp64 cannot tell them from 0 beside the largest. Those above 1e4 count in the last bar.
 
     Args:
-        records: form -> depth -> `signal_record` with an exact Jacobian. A missing depth leaves its panel empty.
+        records: form -> depth -> `signal_record` with an exact Jacobian. Of a missing depth, as where a run diverged,
+            the panel says "none". A depth of 0 is that of networks that were not told apart by theirs, and not shown.
         path: the PNG to write; its folder is made if needed.
 
     Returns:
@@ -88,12 +89,14 @@ def singular_value_histograms(records: Mapping[str, Mapping[int, dict]], path: s
     for row, (form, of_depth) in enumerate(records.items()):
         for column, depth in enumerate(depths):
             axes = panels[row, column]
-            if row == 0:
+            if row == 0 and depth:
                 axes.set_title(f"{depth} layers")
             if column == 0:
                 axes.set_ylabel(form, rotation=0, ha="right", va="center")
             if depth in of_depth:
                 _histogram(axes, of_depth[depth]["jacobian"], f"{form}, {depth} layers")
+            else:
+                axes.text(0.5, 0.5, "none", color=GREY, transform=axes.transAxes, ha="center", va="center", fontsize=9)
     low, high = SPECTRUM_DECADES
     axes.set_xlim(low - 1, high + BAR_WIDTH)
     axes.set_xticks(range(low, high + 1, 4), [f"$10^{{{decade}}}$" for decade in range(low, high + 1, 4)])
@@ -201,7 +204,7 @@ def _histogram(axes, jacobian: dict, title: str) -> None:
 
 def _short(value: float) -> str:
     """Three digits, or a power of ten with two."""
-    if value == 0 or 1e-3 <= abs(value) < 1e4:
+    if value == 0 or 1e-3 <= abs(value) < 999.5:
         return f"{value:.3g}"
     mantissa, exponent = f"{value:.1e}".split("e")
     return f"${mantissa}\\cdot10^{{{int(exponent)}}}$"

@@ -7,14 +7,18 @@ import yaml
 
 from .markdown import join
 from .markdown import table as markdown_table
+from .study_page import lossy
 from .study_plan import short
-from .study_results import cost, measured, places, result_name
-from .study_tables import UNITS, baseline_of, diverged, lossy, reach, spectrum, speed_up, spread, values
+from .study_results import cost, measured, places, result_name, tuned
+from .study_tables import aim, baseline_of, diverged, reach, shown, spectrum, speed_up, values, with_unit
 
 
-OF_THE_PAPER = ("paper", "recipe", "reported for ReZero", "ReZero here", "against", "seeds, device", "figure")
-BEYOND = ("question", "recipe", "what it is about", "the paper's ReZero", "against", "seeds, device", "figure")
-SIGNALS = "chi is the mean squared singular value of the input-output Jacobian: 1 where signals pass unchanged."
+OF_THE_PAPER = ("paper", "recipe", "reported for ReZero", "ReZero here", "compared with", "seeds, device", "figure")
+BEYOND = ("question", "recipe", "our row", "the paper's ReZero", "compared with", "seeds, device", "figure")
+SIGNALS = (
+    "chi is the mean squared singular value of the input-output Jacobian: 1 if signals pass unchanged, though a chi "
+    "near 1 alone does not show that they do: each page has what is lost."
+)
 
 
 def studies_section(results: Iterable[dict[str, Any]], recipes: Collection[str]) -> str:
@@ -61,7 +65,7 @@ def _line(result: dict[str, Any]) -> list[str]:
                 f"{seeds} seed{'s' if seeds > 1 else ''}",
                 "; ".join(result["device"]),
                 *lossy(result["data"]),
-                *(["not tuned"] if not any(row["chosen"] for row in result["rows"]) else []),
+                *([] if tuned(result) else ["not tuned"]),
             ]
         ),
         f"[{figure}]({page}/figures/{figure}.png)",
@@ -103,29 +107,30 @@ def _main_figure(result: dict[str, Any]) -> str:
 
 
 def _headline(result: dict[str, Any], row: dict[str, Any]) -> str:
-    """What a study's line says of a row: how it ends, and how soon it is at the target."""
-    return ending(result, row) + ("" if about_signals(result) else _reached(result, row))
+    """What a study's line says of a row: how it ends, unless that was left to untuned rates, and how soon it is at the
+    target.
+    """
+    reached = "" if about_signals(result) else _reached(result, row)
+    return reached if reached and not tuned(result) else "; ".join(filter(None, [ending(result, row), reached]))
 
 
 def ending(result: dict[str, Any], row: dict[str, Any]) -> str:
     """How a row ends, with its unit: its signals where the study is about them, else the mean over seeds."""
     if about_signals(result):
         return ", ".join(f"chi {spectrum(row, moment)[0]} at the {moment}" for moment in ("start", "end"))
-    if result["metric"] != "accuracy":
-        return values(row["runs"], "value") + (f" {UNITS[result['metric']]}" if measured(row["runs"]) else "")
-    # As papers on images have it.
-    found = [100 * (1 - value) for value in measured(row["runs"])]
-    return f"error {spread(found, '{:.1f}')} %{diverged(row['runs'])}" if found else values(row["runs"], "value")
+    found = measured(row["runs"])
+    if not found:
+        return values(row["runs"], "value", result["metric"])
+    return with_unit(shown(found, result["metric"]), result["metric"]) + diverged(row["runs"])
 
 
 def _reached(result: dict[str, Any], row: dict[str, Any]) -> str:
     """When a row has the target: in epochs where the recipe counts these, else in steps."""
     if row["target"] is None:
         return ""
-    of_images = result["metric"] == "accuracy"
-    target = f"{100 * (1 - row['target']):.3g} %" if of_images else f"{row['target']:.3g}"
-    if all(run["to_target"] is None for run in row["runs"]):
-        return f"; never {target}"
+    of_images, target = result["metric"] == "accuracy", aim(row, result["metric"])
+    if not measured(row["runs"], "to_target"):
+        return f"never {target}"
     epochs = yaml.safe_load(result["recipe"])["training"].get("num_train_epochs")
     runs, form, unit = row["runs"], "{:.0f}", "steps"
     if epochs and of_images:
@@ -133,8 +138,8 @@ def _reached(result: dict[str, Any], row: dict[str, Any]) -> str:
     seconds = f", {reach(runs, 'seconds', '{:.3g}')} s" if row["step_seconds"] else ""
     base = baseline_of(result, row)
     ratio = "" if base is row else speed_up(row, base)
-    than = f" ({ratio} fewer than {base['label']})" if ratio else ""
-    return f"; {target} after {reach(runs, 'steps', form)} {unit}{than}{seconds}"
+    than = f" ({base['label']}: {ratio} as many)" if ratio else ""
+    return f"{target} after {reach(runs, 'steps', form)} {unit}{than}{seconds}"
 
 
 def _in_epochs(run: dict[str, Any], epochs: float) -> dict[str, Any]:

@@ -111,6 +111,18 @@ def strayed(result: dict[str, Any], path: str | Path, overrides: Iterable[str] =
     return [*changed, *(line for line in lines if not line.startswith("data.path"))]
 
 
+def retold(result: dict[str, Any], path: str | Path) -> dict[str, Any]:
+    """A result with what its recipe says now about how it is told: title, note, names of rows, what was reported, and
+    which rows are compared. None of these decides a number.
+    """
+    study = load_study(path, result["size"])
+    rows = [
+        {**row, "label": study.rows[row["row"]].label, "reported": study.rows[row["row"]].reported}
+        for row in result["rows"]
+    ]
+    return {**result, **{word: getattr(study, word) for word in ("item", "ours", "against", "note")}, "rows": rows}
+
+
 def read_result(file: str | Path, name: str, size: str) -> dict[str, Any]:
     """`summarise`'s result in a file, of a recipe of that name, in that size.
 
@@ -215,6 +227,11 @@ def places(result: dict[str, Any]) -> dict[tuple, list[dict[str, Any]]]:
     for row in result["rows"]:
         found.setdefault(place_of(row), []).append(row)
     return found
+
+
+def tuned(result: dict[str, Any]) -> bool:
+    """Whether any row was; where none was, ends do not compare."""
+    return any(row["chosen"] for row in result["rows"])
 
 
 def measured(runs: Iterable[dict[str, Any]], word: str = "value") -> list[Any]:

@@ -25,8 +25,8 @@ from rezero_hf.results import (
     with_entries,
 )
 from rezero_hf.study_overview import studies_section, study_measured
-from rezero_hf.study_results import result_name, strayed
-from rezero_hf.study_tables import study_card
+from rezero_hf.study_page import study_card
+from rezero_hf.study_results import result_name, retold, strayed
 
 
 CARDS = Path("model_cards")
@@ -67,11 +67,15 @@ def main(
         if not whole:
             shutil.copyfile(source / "README.md", card / "README.md")
         print(f"{folder} -> {results / name}.json, {card}")
+    for result in committed(results).studies:
+        told = retold(result, recipe_of(result))
+        if told != result:
+            (results / f"{result_name(result)}.json").write_text(json.dumps(told) + "\n", encoding="utf-8")
     records, studies, benchmarks, integrations = committed(results)
     pairs = []
     for path, repeat in read_repeats(CARDS / "repeats").items():
         try:
-            pairs.append((repeat, original_of(repeat, studies)))
+            pairs.append((retold(repeat, recipe_of(repeat)), original_of(repeat, studies)))
         except UserError as error:
             path.unlink()
             print(f"{path} is gone: {error}")
@@ -99,8 +103,12 @@ def main(
     write_sections(Path("docs/reproducing.md"), {"repeats": repeats_section(pairs, ours)})
 
 
+def recipe_of(result: dict[str, Any]) -> Path:
+    return Path("scripts/recipes") / f"{result['name']}.yaml"
+
+
 def refuse_strayed(result: dict[str, Any], where: Path):
-    recipe = Path("scripts/recipes") / f"{result['name']}.yaml"
+    recipe = recipe_of(result)
     if lines := strayed(result, recipe):
         raise UserError(f"{where} is not what {recipe} makes now ({'; '.join(lines)[:300]}): run it again.")
 

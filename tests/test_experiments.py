@@ -27,9 +27,10 @@ from rezero_hf.results import collect_result
 from rezero_hf.step_times import step_times
 from rezero_hf.studies import run_study
 from rezero_hf.study_figures import draw
+from rezero_hf.study_page import study_card
 from rezero_hf.study_plan import load_study
 from rezero_hf.study_results import summarise
-from rezero_hf.study_tables import study_card, study_table
+from rezero_hf.study_tables import study_table
 from rezero_hf.tokenization import byte_tokenizer
 
 

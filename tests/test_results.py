@@ -16,7 +16,7 @@ from rezero_hf.results import (
     table,
     with_entries,
 )
-from rezero_hf.study_results import strayed
+from rezero_hf.study_results import retold, strayed
 
 
 ROOT = Path(__file__).parents[1]
@@ -105,6 +105,13 @@ def test_committed_studies_are_of_their_recipes_as_they_are():
     assert studies
     for result in studies:
         assert strayed(result, ROOT / "scripts" / "recipes" / f"{result['name']}.yaml") == []
+
+
+def test_committed_studies_are_told_as_their_recipes_tell_now():
+    """Titles, labels, notes and which rows are compared: `report.py` takes them from the recipe."""
+    for result in committed(ROOT / "model_cards" / "results").studies:
+        recipe = ROOT / "scripts" / "recipes" / f"{result['name']}.yaml"
+        assert retold({**result, "note": "old", "ours": "gone"}, recipe) == result
 
 
 def test_a_result_is_collected_without_the_machines_paths(tmp_path):

@@ -12,9 +12,10 @@ from rezero_hf.recipe import RecipeError, load_recipe
 from rezero_hf.studies import run_study, tune
 from rezero_hf.study_curves import ahead_from, first_at
 from rezero_hf.study_figures import draw
+from rezero_hf.study_page import study_card
 from rezero_hf.study_plan import Cell, Row, Study, load_study
 from rezero_hf.study_results import chosen_in, read_result, summarise
-from rezero_hf.study_tables import study_card, study_table
+from rezero_hf.study_tables import study_table
 from rezero_hf.tokenization import load_tokenizer
 
 
@@ -203,7 +204,7 @@ def test_each_depth_is_held_against_its_own_baseline(tmp_path):
     study = Study("item", rows, seeds=[0], baseline="base", target_at=0.5, across=depths, extend=0)
     ends = {("base", 2): 2.0, ("fast", 2): 1.0, ("base", 4): 3.0, ("fast", 4): 2.0}
     runs = {
-        cell.name: [{**record(ends[cell.row, cell.at["model.depths"][0]], 0), "set": {}, "chosen": True}]
+        cell.name: [{**record(ends[cell.row, cell.at["model.depths"][0]], 0), "set": {RATE: 1.0}, "chosen": True}]
         for cell in study.cells()
     }
     result = summarise("demo", "cpu", study, runs)
@@ -211,7 +212,12 @@ def test_each_depth_is_held_against_its_own_baseline(tmp_path):
     assert study_table(result).count(" 1.00x ") == 2
     assert "| 25 to 3.5 | 2.00x |" in study_table(result)
     drawn = {path.name for path in draw(result, tmp_path)}
-    assert drawn == {"depths.png", "curves_2-2.png", "steps_2-2.png", "curves_4-4.png", "steps_4-4.png"}
+    at_each = {"curves_2-2.png", "steps_2-2.png", "curves_4-4.png", "steps_4-4.png"}
+    assert drawn == {"depths.png", *at_each}
+    # Where nothing was tuned, ends are not held against each other.
+    for row in result["rows"]:
+        row["chosen"] = {}
+    assert {path.name for path in draw(result, tmp_path)} == at_each
 
 
 def test_what_a_study_varies_cannot_be_overridden(tmp_path):
