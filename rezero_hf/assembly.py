@@ -1,6 +1,7 @@
 """A model made from another's weights: checked before, copied after, every name in its new place."""
 
 import copy
+import operator
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -17,11 +18,17 @@ from .models import FAMILIES
 _LAYER = re.compile(r"((?:model\.)?layers\.)(\d+)\.(.*)")
 
 
+def check_unwrapped(model: PreTrainedModel) -> None:
+    """Raise a `UserError` if an adapter is in the model or around it."""
+    if hasattr(model, "peft_config"):
+        kind = type(model).__name__
+        raise UserError(f"{kind} is wrapped by an adapter: merge it into the weights first (merge_and_unload).")
+
+
 def check_ours(model: PreTrainedModel) -> None:
     """Raise a `UserError` unless the model is one of this package's, with nothing around it."""
+    check_unwrapped(model)
     kind = type(model).__name__
-    if hasattr(model, "peft_config"):
-        raise UserError(f"{kind} is wrapped by an adapter: merge it into the weights first (merge_and_unload).")
     if not isinstance(model, tuple(FAMILIES)):
         # Remote code is a module of its own, whatever it was copied from.
         remote = type(model).__module__.startswith("transformers_modules")
@@ -29,8 +36,8 @@ def check_ours(model: PreTrainedModel) -> None:
         raise UserError(f"{kind} is not a model of rezero_hf{how if remote else ''}.")
 
 
-def check_whole(model: PreTrainedModel) -> None:
-    """Raise a `UserError` unless the model is one of this package's, whole, in plain floating-point weights."""
+def check_plain(model: PreTrainedModel) -> None:
+    """Raise a `UserError` unless the model is one of this package's in plain floating-point weights that are there."""
     check_ours(model)
     kind = type(model).__name__
     if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
@@ -39,9 +46,15 @@ def check_whole(model: PreTrainedModel) -> None:
         if type(parameter) is not nn.Parameter or parameter.is_meta or not parameter.is_floating_point():
             what = "on no device" if parameter.is_meta else f"a {type(parameter.data).__name__} of {parameter.dtype}"
             raise UserError(
-                f"{kind}: {name} is {what}; only plain floating-point weights can be changed: load the model "
-                "unquantised, unsharded and not offloaded."
+                f"{kind}: {name} is {what}; this takes plain floating-point weights: load the model unquantised, "
+                "unsharded and not offloaded."
             )
+
+
+def check_whole(model: PreTrainedModel) -> None:
+    """Raise a `UserError` unless the model is one of this package's, whole, in plain floating-point weights."""
+    check_plain(model)
+    kind = type(model).__name__
     if len(devices := {parameter.device for parameter in model.parameters()}) > 1:
         raise UserError(f"{kind} lies on {len(devices)} devices: load it on one, without device_map.")
     expected = _skeleton(model, model.config).state_dict()
@@ -90,6 +103,14 @@ def changed(config: PreTrainedConfig, **changes: Any) -> PreTrainedConfig:
     new = type(config).from_dict({**config.to_dict(), **changes})
     new._attn_implementation = config._attn_implementation
     return new
+
+
+def whole_number(value: Any) -> int | None:
+    """An integer of any kind, NumPy's too, as Python's; None of what is none."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
 
 
 def moved(name: str, places: Mapping[int, int]) -> str:

@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
-from .assembly import check_ours
+from .assembly import check_plain
 from .errors import UserError
 
 
@@ -259,7 +259,7 @@ def signal_record(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], ma
 def _frozen_copy(
     model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], dtype: torch.dtype
 ) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
-    check_ours(model)
+    check_plain(model)
     copied = copy.deepcopy(model).to(dtype).eval().requires_grad_(False)
     copied.config.use_cache = False
     if copied._supports_sdpa:

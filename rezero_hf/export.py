@@ -19,6 +19,7 @@ from typing import Any
 from accelerate import PartialState
 from transformers import AutoConfig, BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
+from .assembly import check_unwrapped
 from .descriptions import description_of
 from .durable import files_in, write_whole
 from .errors import UserError
@@ -98,12 +99,15 @@ def export_folder(
 
     Raises:
         CheckpointError: What was written does not verify.
-        UserError: There is no card for the model: it has another head.
+        UserError: There is no card for the model: it has another head. Or an adapter is in it, not yet merged.
         UserError: `folder` holds files that no export writes, or cannot be made.
         UserError: The card in `folder` has lost the markers around the user's section.
     """
+    check_unwrapped(model)
+    if not isinstance(processor, Processor):
+        raise UserError(f"processor={processor!r}: needs the model's tokenizer or image processor")
     # Of a link what it leads to: on that disk, and the link stays.
-    folder = Path(folder).resolve()
+    folder = Path(folder).expanduser().resolve()
     partial, previous = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "previous"))
     _recover(folder, partial, previous)
     _refuse_strange_files(folder)
@@ -211,7 +215,10 @@ def _generating_as(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -
     # What the tokenizer does not define stays as the model has it.
     ids = {name: value for name, value in ids.items() if value is not None}
     generation_config = copy.deepcopy(model.generation_config)
-    generation_config.update(**ids, use_cache=True)
+    known, end = generation_config.eos_token_id, ids.get("eos_token_id")
+    # A chat model may have other ends beside its tokenizer's.
+    ends = {"eos_token_id": known if end in known else [end, *known]} if isinstance(known, list) and end else {}
+    generation_config.update(**{**ids, **ends}, use_cache=True)
     # Else the ids would be read from the model's configuration again.
     generation_config._from_model_config = False
     with temporarily(model, generation_config=generation_config), temporarily(model.config, **ids), caching(model):

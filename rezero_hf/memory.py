@@ -15,7 +15,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .arguments import ReZeroTrainingArguments, compute_dtype, optimizer_for
@@ -62,6 +62,17 @@ def language_model(config: ReZeroConfig) -> nn.Module:
     return ReZeroForCausalLM(config) if config.is_causal else ReZeroForMaskedLM(config)
 
 
+def _read_no_data(model: PreTrainedModel) -> None:
+    """Take away what looks at the values of inputs: masks, the check of learned positions, and the library's look at
+    whether a sequence is longer than any before it.
+    """
+    model.set_attn_implementation("sdpa_without_mask")
+    if (positions := model.model.embed_positions) is not None:
+        positions.forward = partial(nn.Embedding.forward, positions)
+    if (rotary := model.model.rotary_emb) is not None:
+        rotary.rope_type = "default"
+
+
 def plan_memory(
     config: ReZeroConfig,
     args: ReZeroTrainingArguments,
@@ -89,10 +100,7 @@ def plan_memory(
     dtype = compute_dtype(args)
     with FakeTensorMode(), _LiveBytes(heap) as count:
         model = language_model(config).train()
-        model.set_attn_implementation("sdpa_without_mask")
-        if (positions := model.model.embed_positions) is not None:
-            # Without its check, which reads the positions as well.
-            positions.forward = partial(nn.Embedding.forward, positions)
+        _read_no_data(model)
         if checkpointing:
             how = dict(args.activation_checkpointing_kwargs or {})
             settings = {name: how.pop(name) for name in ("every_n_layers", "offload") if name in how}

@@ -4,12 +4,13 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal, get_args
 
 import torch
 from transformers import PreTrainedModel
 
-from .assembly import assemble, changed, check_whole, layer_of, moved
+from .assembly import assemble, changed, check_whole, layer_of, moved, whole_number
 from .diagnostics import LABELS, updates
 from .errors import UserError
 from .models.residual import RESIDUAL_FORMS
@@ -70,6 +71,8 @@ def prune_layers(
             `to` or `threshold` would leave nothing, or remove nothing; every layer's score is 0 (a new network's).
     """
     check_whole(model)
+    if isinstance(batches, Mapping):
+        raise UserError("batches is one batch; give a list of such, [batch].")
     config, batches = model.config, list(batches)
     if config.model_type == "rezero_resnet" or config.residual not in WITH_SKIP:
         raise UserError(
@@ -81,8 +84,10 @@ def prune_layers(
     depth = config.num_hidden_layers
     if (to is None) == (threshold is None):
         raise UserError("give either to, how many layers stay, or threshold, the score up to which a layer goes.")
-    if to is not None and (not isinstance(to, int) or not 1 <= to < depth):
-        raise UserError(f"to={to}: the network has {depth} layers, so it can be pruned to 1 ... {depth - 1}.")
+    if threshold is not None and not isinstance(threshold, Real):
+        raise UserError(f"threshold={threshold!r}: needs a number.")
+    if to is not None and not 1 <= (whole_number(to) or 0) < depth:
+        raise UserError(f"to={to!r}: the network has {depth} layers, so it can be pruned to 1 ... {depth - 1}.")
     if not batches:
         raise UserError("batches is empty: there is nothing to judge the layers by.")
     before = _loss(model, batches)

@@ -37,7 +37,10 @@ FREE = (
 # What FSDP's SHARDED_STATE_DICT saves instead of a file of weights.
 SHARDS = f"{FSDP_MODEL_NAME}_0"
 # What the libraries raise of a folder that holds no model of theirs, a damaged one, or one that needs another package.
-UNREADABLE = (OSError, ValueError, RuntimeError, ImportError, SafetensorError, StrictDataclassError)
+UNREADABLE = (
+    *(OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, AttributeError),
+    *(SafetensorError, StrictDataclassError),
+)
 
 
 @dataclass
@@ -209,6 +212,8 @@ def _quiet() -> Iterator[None]:
 
 def _look_at(folder: Path) -> tuple[bool, bool]:
     """Whether there is such a folder, and whether it is a checkpoint, which is verified, with an optimiser's state."""
+    if folder.is_file():
+        raise UserError(f"init_from.path={folder} is a file; name the folder of a model")
     checkpoint = (folder / MANIFEST).exists()
     if checkpoint:
         verify_checkpoint(folder)

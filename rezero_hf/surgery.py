@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .assembly import assemble, changed, check_whole, in_layer, moved
+from .assembly import assemble, changed, check_whole, in_layer, moved, whole_number
 from .errors import UserError
 from .models.residual import RESIDUAL_FORMS
 
@@ -163,13 +163,14 @@ def _check_can_be_closed(config: PreTrainedConfig) -> None:
     """What a new layer needs to be the identity and to get a gradient all the same."""
     form, family = RESIDUAL_FORMS[config.residual], config.model_type
     why = None
-    if form.has_gate:
-        if getattr(config, "activation_position", None) == "sum" and config.hidden_act != "relu":
-            why = f"hidden_act={config.hidden_act!r} on the sum changes what goes through a layer whose branch is off"
+    if getattr(config, "activation_position", None) == "sum" and config.hidden_act != "relu":
+        why = f"hidden_act={config.hidden_act!r} on the sum changes what goes through a layer whose branch is off"
+    elif form.has_gate:
+        pass
     elif config.residual not in FOLDED.values():
         why = f"a layer of residual={config.residual!r} is never the identity, whatever F is"
     elif family == "rezero_mlp":
-        why = f"without a gate (residual={config.residual!r}) F would have to start at 0, where relu passes no gradient"
+        why = f"without a gate (residual={config.residual!r}) a new layer's F does not start at 0"
     elif family == "rezero_resnet" and config.initialization == "default":
         why = "residual='plain' has no gate to switch a new layer off; initialization='zero_gamma' and 'fixup' have one"
     if why is not None:
@@ -190,26 +191,29 @@ def _close(layer: nn.Module, config: PreTrainedConfig) -> None:
 
 def _places(config: PreTrainedConfig, to: Any, where: Any) -> tuple[dict[str, Any], list[int]]:
     """What changes in the configuration, and the new number of each old layer."""
+    asked = to
     if hasattr(config, "depths"):
         depths = config.depths
-        fits = isinstance(to, Sequence) and len(to) == len(depths) and where == "end"
+        to = [whole_number(depth) for depth in to] if isinstance(to, Sequence) else []
+        fits = len(to) == len(depths) and None not in to and where == "end"
         if not fits or any(new < old for new, old in zip(to, depths, strict=True)) or list(to) == depths:
             raise UserError(
-                f"to={to}, where={where!r}: a ResNet grows at the ends of its stages; depths={depths} can grow to a "
-                "list of as many numbers, none smaller and one larger."
+                f"to={asked!r}, where={where!r}: a ResNet grows at the ends of its stages; depths={depths} can grow to "
+                "a list of as many numbers, none smaller and one larger."
             )
         starts = [sum(to[:stage]) for stage in range(len(to))]
         places = [start + index for start, depth in zip(starts, depths, strict=True) for index in range(depth)]
         return {"depths": list(to)}, places
     depth = config.num_hidden_layers
-    if not isinstance(to, int) or to <= depth:
-        raise UserError(f"to={to}: the network has {depth} layers, and grows to a larger whole number.")
+    to = whole_number(to)
+    if to is None or to <= depth:
+        raise UserError(f"to={asked!r}: the network has {depth} layers, and grows to a larger whole number.")
     if where == "end":
         places = list(range(depth))
     elif where == "interleaved":
         places = [index * to // depth for index in range(depth)]
     else:
-        given = list(where) if isinstance(where, Sequence) and not isinstance(where, str) else []
+        given = [whole_number(place) for place in where] if isinstance(where, Sequence) else []
         new = set(given)
         if len(given) != to - depth or len(new) != len(given) or not new <= set(range(to)):
             raise UserError(

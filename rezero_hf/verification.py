@@ -96,6 +96,8 @@ def _classes(config: dict | None) -> list[str]:
 def _check_code(folder: Path, config: dict) -> list[str]:
     """Every class that `auto_map` names is defined in the folder, and its code imports nothing that is missing."""
     auto_map = config.get("auto_map") or {}
+    if not isinstance(auto_map, dict):
+        return [f"config.json: auto_map is {auto_map!r}, and not a mapping"]
     problems = [
         f"config.json: auto_map lacks {auto}; without it the folder loads only where rezero_hf is installed"
         for auto in ("AutoConfig", "AutoModel")

@@ -173,6 +173,15 @@ def test_json_round_trip(tmp_path):
          "hidden_size=512 is not a multiple of num_attention_heads=7; change one of them or set head_dim."),
         ("rope_parameters", {"rope_type": "roap"},
          "rope_parameters: rope_type='roap' is unknown; one of default, dynamic, linear, llama3, longrope, proportional, yarn."),
+        ("rope_parameters", {"rope_type": [1]},
+         "rope_parameters: rope_type=[1] is unknown; one of default, dynamic, linear, llama3, longrope, proportional, yarn."),
+        ("rope_parameters", {"rope_type": "linear", "rope_theta": 500.0},
+         "rope_parameters: Missing required keys in `rope_parameters` for 'rope_type'='linear': {'factor'}"),
+        *(
+            ("rope_parameters", {"rope_type": "default", "rope_theta": theta},
+             f"rope_parameters: rope_theta={theta!r}: must be a positive number (in YAML, 1.0e+6).")
+            for theta in ("1e6", -5.0, 0, True)
+        ),
         ("rope_parameters", {"rope_type": "default", "partial_rotary_factor": 0.5},
          "rope_parameters: partial_rotary_factor=0.5 only works with rope_type='proportional'; leave it out."),
     ],

@@ -286,3 +286,11 @@ def test_other_models_are_refused():
     other = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=8, n_positions=8))
     with pytest.raises(UserError, match="GPT2LMHeadModel is not a model of rezero_hf"):
         signal_norms(other, {"input_ids": torch.tensor([[1, 2]])})
+
+
+def test_a_model_that_is_not_all_there_is_refused(tiny_model, ids):
+    """As one that was offloaded to disk."""
+    model = tiny_model()
+    model.lm_head.to("meta")
+    with pytest.raises(UserError, match=r"lm_head.weight is on no device; .* not offloaded"):
+        signal_norms(model, {"input_ids": ids})

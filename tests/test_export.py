@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import PartialState
+from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast, pipeline
 
 from rezero_hf import export
 from rezero_hf.errors import UserError
@@ -163,6 +164,29 @@ def test_ids_and_cache_are_what_generation_needs(tmp_path, tokenizer):
         assert settings.use_cache is True
         assert settings.eos_token_id == tokenizer.eos_token_id
         assert settings.pad_token_id == tokenizer.pad_token_id
+
+
+def test_a_chat_models_other_ends_stay(tmp_path, tokenizer):
+    """A list of end tokens is kept, with the tokenizer's in it."""
+    for known, kept in (
+        ([tokenizer.eos_token_id, 10], [tokenizer.eos_token_id, 10]),
+        ([10], [tokenizer.eos_token_id, 10]),
+    ):
+        model = tiny()
+        model.generation_config.eos_token_id = known
+        folder = export_folder(model, tokenizer, tmp_path / "model")
+        assert GenerationConfig.from_pretrained(folder).eos_token_id == kept
+        assert model.generation_config.eos_token_id == known
+
+
+def test_what_is_no_whole_model_is_one_line(tmp_path, tokenizer):
+    adapted = tiny()
+    adapted.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(UserError, match="wrapped by an adapter: merge it"):
+        export_folder(adapted, tokenizer, tmp_path / "model")
+    with pytest.raises(UserError, match="processor=None: needs the model's tokenizer"):
+        export_folder(tiny(), None, tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_figures_that_cannot_be_drawn_stay(folder, monkeypatch):
@@ -451,6 +475,8 @@ def test_a_config_without_auto_map_is_refused(folder):
         "config.json: auto_map lacks AutoConfig; without it the folder loads only where rezero_hf is installed"
         in problems(folder)
     )
+    edit(folder / "config.json", lambda c: c.update(auto_map=["AutoConfig"]))
+    assert "config.json: auto_map is ['AutoConfig'], and not a mapping" in problems(folder)
 
 
 @pytest.mark.parametrize(

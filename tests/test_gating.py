@@ -6,6 +6,7 @@ from unittest import mock
 import peft
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.testing._internal.two_tensor import TwoTensor
 
 from rezero_hf import ReZeroForCausalLM
@@ -54,6 +55,29 @@ def test_the_gated_product_has_the_gradients_of_its_formula(bias):
         )
         assert torch.autograd.gradcheck(GatedLinear.apply, (alpha, h, weight, b))
         assert torch.autograd.gradgradcheck(GatedLinear.apply, (alpha, h, weight, b))
+
+
+def test_tangents_and_batches_of_gates_are_those_of_the_plain_form(tiny_model, rows):
+    """In training mode, where a product could take the gate: `torch.func`'s `jvp` and `vmap`, and `forward_ad`."""
+    model = tiny_model(ReZeroForCausalLM).train()
+    # Fused attention has no tangents.
+    model.set_attn_implementation("eager")
+    gates = {name: value.detach() for name, value in model.named_parameters() if name.endswith("alpha")}
+
+    def loss(gates):
+        return torch.func.functional_call(model, gates, kwargs={"input_ids": rows, "labels": rows}).loss
+
+    one = {name: torch.ones_like(value) for name, value in gates.items()}
+    grads = torch.func.grad(loss)(gates)
+    expected = sum(grad.sum() for grad in grads.values())
+    torch.testing.assert_close(torch.func.jvp(loss, (gates,), (one,))[1], expected)
+    with forward_ad.dual_level():
+        dual = {name: forward_ad.make_dual(value, one[name]) for name, value in gates.items()}
+        torch.testing.assert_close(forward_ad.unpack_dual(loss(dual)).tangent, expected)
+    both = {name: torch.stack([value, value + 0.1]) for name, value in gates.items()}
+    found = torch.func.vmap(loss)(both)
+    for place in (0, 1):
+        torch.testing.assert_close(found[place], loss({name: value[place] for name, value in both.items()}))
 
 
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["kept", "checkpointed"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from rezero_hf import ReZeroForCausalLM, ReZeroModel
 
@@ -483,6 +483,9 @@ def test_a_bf16_model_keeps_its_gates_in_fp32(tiny_model, ids, tmp_path, residua
     loaded.save_pretrained(tmp_path / "bf16")
     stored = load_file(tmp_path / "bf16" / "model.safetensors")
     assert all(torch.equal(stored[name], gate) for name, gate in gates.items())
+
+    made = AutoModelForCausalLM.from_config(model.config, dtype=torch.bfloat16)
+    assert {name: p.dtype for name, p in made.named_parameters()} == {n: p.dtype for n, p in loaded.named_parameters()}
 
 
 @pytest.mark.parametrize("kind", ["rope", "learned", "grouped", "learned grouped"])

@@ -109,6 +109,13 @@ def test_optimiser_state_is_that_of_a_real_optimiser(tiny_config, arguments, opt
     assert plan.plain.weights == plan.plain.gradients == 4 * plan.parameters
 
 
+@pytest.mark.parametrize("rope", ["dynamic", "linear", "yarn"])
+def test_positions_for_longer_sequences_are_planned_as_any_others(tiny_config, arguments, rope):
+    stretched = {"rope_type": rope, "factor": 2.0, "rope_theta": 10000.0}
+    plans = [make_plan(tiny_config(**words), arguments(), TOKENS, 1) for words in ({"rope_parameters": stretched}, {})]
+    assert plans[0].memory.activations == plans[1].memory.activations
+
+
 def test_memory_goes_where_it_should(tiny_config, arguments):
     """Checkpointing shrinks activations, FSDP what it divides, DDP adds buckets, autocast adds 16-bit weights."""
     config = tiny_config(num_hidden_layers=6, hidden_size=64)

@@ -146,7 +146,11 @@ def test_what_cannot_be_begun_from_is_one_line(run, config, tiny_model, tmp_path
     (tmp_path / "shards" / "pytorch_model_fsdp_0").mkdir()
     (tmp_path / "newer").mkdir()
     words = json.loads((checkpoint / "config.json").read_text()) | {"residual": "newer"}
+    linear = {"residual": "rezero", "rope_parameters": {"rope_type": "linear"}}
     (tmp_path / "newer" / "config.json").write_text(json.dumps(words))
+    for name, text in (("torn", "[1]"), ("rope", json.dumps({**words, **linear}))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(text)
     for path, to, changes, optimizer, message in [
         (tmp_path / "nowhere", 4, {}, "adamw", "no language model of rezero_hf is there"),
         (tmp_path / "empty", 4, {}, "adamw", "no language model of rezero_hf is there"),
@@ -154,6 +158,9 @@ def test_what_cannot_be_begun_from_is_one_line(run, config, tiny_model, tmp_path
         (headless, 4, {}, "adamw", "weights are not those of a ReZeroForCausalLM: lm_head.weight is missing"),
         (tmp_path / "shards", 4, {}, "adamw", r"in shards; name an export of it \(scripts/export.py\)"),
         (tmp_path / "newer", 4, {}, "adamw", "no language model .* error for field 'residual'"),
+        (tmp_path / "newer" / "config.json", 4, {}, "adamw", "config.json is a file; name the folder of a model"),
+        (tmp_path / "torn", 4, {}, "adamw", "no language model of rezero_hf is there"),
+        (tmp_path / "rope", 4, {}, "adamw", "no language model .* 'rope_type'='linear'"),
         (tmp_path / "masked", 4, {}, "adamw", "is_causal False there, True here"),
         (
             checkpoint,

@@ -6,6 +6,7 @@ import runpy
 import shutil
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import switch_on
@@ -284,6 +285,15 @@ def test_positions_stretched_to_a_long_sequence_are_the_same_in_the_copy(tiny_mo
             close(copied(tokens), model(tokens))
 
 
+def test_numbers_may_be_numpys(tiny_model, ids):
+    """As `np.arange` gives them in a study of depth."""
+    model = tiny_model(num_hidden_layers=3)
+    deeper = grow_depth(model, np.int64(4), [np.int64(1)]).model
+    assert deeper.config.to_dict()["num_hidden_layers"] == 4 and torch.equal(deeper(ids).logits, model(ids).logits)
+    batch = {"input_ids": ids, "labels": ids}
+    assert prune_layers(model, [batch], to=np.int64(2))[0].config.num_hidden_layers == 2
+
+
 def test_what_was_frozen_stays_frozen(tiny_model):
     model = tiny_model()
     model.model.layers[1].requires_grad_(False)
@@ -375,7 +385,10 @@ def test_what_cannot_be_done_is_one_line(tiny_model, ids, tmp_path):
         (lambda: grow_depth(model, 4, None), "where=None: end, interleaved"),
         (lambda: fold_gates(wrapped), "wrapped by an adapter: merge it"),
         (lambda: grow_depth(lora(copy.deepcopy(model)), 3), r"not what its configuration describes \(model.layers.0"),
-        (lambda: fold_gates(quantized), r"lm_head.weight is a Tensor of torch.int8; only plain floating-point weights"),
+        (
+            lambda: fold_gates(quantized),
+            r"lm_head.weight is a Tensor of torch.int8; this takes plain floating-point weights",
+        ),
         (lambda: fold_gates(ReZeroForCausalLM(model.config).to("meta")), "is on no device"),
         (lambda: fold_gates(tiny_model(residual="post_norm")), "'post_norm' cannot be folded: it has no gates to fold"),
         (lambda: fold_gates(resnet(residual="gated")), "its gate scales the stream too"),
@@ -385,9 +398,20 @@ def test_what_cannot_be_done_is_one_line(tiny_model, ids, tmp_path):
         (lambda: grow_depth(model, 3, "top"), "end, interleaved, or a list"),
         (lambda: grow_depth(resnet(), 4), r"depths=\[1, 2\] can grow to a list of as many numbers"),
         (lambda: grow_depth(tiny_model(residual="branch_norm"), 3), "is never the identity"),
-        (lambda: grow_depth(mlp(residual="plain"), 5), "where relu passes no gradient"),
+        (lambda: grow_depth(mlp(residual="plain"), 5), "a new layer's F does not start at 0"),
         (lambda: grow_depth(resnet(residual="plain"), [2, 2]), "has no gate to switch a new layer off"),
         (lambda: grow_depth(resnet(activation_position="sum", hidden_act="gelu"), [2, 2]), "on the sum changes"),
+        *(
+            (lambda plain=plain: grow_depth(resnet(**plain, hidden_act="gelu"), [2, 2]), "on the sum changes")
+            for plain in (
+                {"residual": "plain", "initialization": "zero_gamma"},
+                {"residual": "plain", "initialization": "fixup", "batch_norm": False},
+            )
+        ),
+        (lambda: grow_depth(resnet(), ["2", 2]), r"to=\['2', 2\], .* can grow to a list of as many numbers"),
+        (lambda: grow_depth(model, 4, [[1], 2]), "a list of the 2 new layers' numbers"),
+        (lambda: prune_layers(model, batch, to=1), r"one batch; give a list of such, \[batch\]"),
+        (lambda: prune_layers(model, [batch], threshold="0.1"), "threshold='0.1': needs a number"),
         (lambda: prune_layers(model, [batch]), "give either to, .* or threshold"),
         (lambda: prune_layers(model, [batch], to=2), r"can be pruned to 1 ... 1"),
         (lambda: prune_layers(model, [], to=1), "batches is empty"),

@@ -198,6 +198,13 @@ class ReZeroConfig(PreTrainedConfig):
             setattr(self, plan, kept)
         super().__post_init__(**kwargs)
 
+    def validate_rope(self):
+        """The library's check of what a type of rotary positions needs, as a `ValueError` like all others."""
+        try:
+            super().validate_rope()
+        except KeyError as error:
+            raise ValueError(f"rope_parameters: {error.args[0]}") from error
+
     def validate_architecture(self):
         """Checks beyond types; run by `@strict` when the config is made and when it is saved."""
         self._check_ranges()
@@ -213,10 +220,13 @@ class ReZeroConfig(PreTrainedConfig):
             )
         if self.position_embedding == "rope" and self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim}: rotary positions turn pairs of features, so it must be even.")
+        theta = self.rope_parameters["rope_theta"]
+        if isinstance(theta, bool) or not isinstance(theta, int | float) or not 0 < theta < math.inf:
+            raise ValueError(f"rope_parameters: rope_theta={theta!r}: must be a positive number (in YAML, 1.0e+6).")
         rope_type = self.rope_parameters["rope_type"]
-        if rope_type != "default" and rope_type not in ROPE_INIT_FUNCTIONS:
-            known = ", ".join(sorted({"default", *ROPE_INIT_FUNCTIONS}))
-            raise ValueError(f"rope_parameters: rope_type={rope_type!r} is unknown; one of {known}.")
+        known = sorted({"default", *ROPE_INIT_FUNCTIONS})
+        if rope_type not in known:
+            raise ValueError(f"rope_parameters: rope_type={rope_type!r} is unknown; one of {', '.join(known)}.")
         partial = self.rope_parameters.get("partial_rotary_factor")
         if rope_type != "proportional" and partial not in (None, 1.0):
             raise ValueError(

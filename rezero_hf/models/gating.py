@@ -49,6 +49,9 @@ class Branch:
             module.training
             and torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
+            # Tangents, and a batch of gates, take the plain form, as a multiplication in place cannot.
+            and not torch._C._are_functorch_transforms_active()
+            and torch.autograd.forward_ad._current_level < 0
             # Fewer tokens than that, and <G, W> takes longer than the output's own sum (measured on a CPU).
             and x.numel() >= 2 * x.shape[-1] * getattr(last, "out_features", torch.inf)
             and module.dropout.p == 0
@@ -65,8 +68,6 @@ class GatedLinear(torch.autograd.Function):
     Shapes: alpha (), h (..., in), W (out, in), b (out,) or None. W and b may have another dtype than h (autocast), in
     which the product is.
     """
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(alpha, h, weight, bias):

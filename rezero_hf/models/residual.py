@@ -51,7 +51,9 @@ class Residual(nn.Module):
         if self.has_gate:
             # Branch -> place of its gate in alpha.
             self.places = {branch: 0 if share_gate else place for place, branch in enumerate(self.branches)}
-            self.alpha = nn.Parameter(torch.full((1 + max(self.places.values()),), self.gate_init))
+            # A step of a bf16 gate would be rounded away, so a model that is built in bf16 has fp32 gates, too.
+            dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+            self.alpha = nn.Parameter(torch.full((1 + max(self.places.values()),), self.gate_init, dtype=dtype))
         if self.has_norm:
             self.norms = nn.ModuleDict({branch: make_norm() for branch in self.branches})
 
