@@ -7,15 +7,18 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
+from transformers.training_args import trainer_log_levels
 
-from .errors import UserError
+from .errors import UserError, one_line
 from .optim import OptimizerName, check_optimizer, make_optimizer
 
 
 COUNTS = ("gradient_accumulation_steps", "global_batch_size", "eval_blocks", "final_eval_blocks", "peak_flops")
 MULTIPLIERS = ("gate_lr_multiplier", "matrix_lr_multiplier")
+# What evaluations give, besides losses, of which less is better.
+LESS_IS_BETTER = ("bits_per_byte", "perplexity")
 
 
 @dataclass
@@ -93,8 +96,13 @@ class ReZeroTrainingArguments(TrainingArguments):
                 setattr(self, f"gradient_{word}", said)
         # The library refuses bf16 without an accelerator unless told that the CPU is meant; recipes run on both.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        best = (self.metric_for_best_model or "").removeprefix("eval_")
+        if self.greater_is_better is None and best in LESS_IS_BETTER:
+            # The library knows that of losses alone.
+            self.greater_is_better = False
         super().__post_init__()
         self._check_devices()
+        self._check_schedule()
         available = get_available_reporting_integrations()
         for tracker in self.report_to:
             if tracker not in available:
@@ -125,6 +133,23 @@ class ReZeroTrainingArguments(TrainingArguments):
                 f"training.{launched}=true, or mixed_precision: 'no' in accelerate's file."
             )
 
+    def _check_schedule(self):
+        """Else it would be made when the data are read and the model is there."""
+        if not self.lr_scheduler_kwargs:
+            return
+        optimizer = torch.optim.SGD([torch.zeros(1)])
+        steps = {"num_warmup_steps": 0, "num_training_steps": 1}
+        words = self.lr_scheduler_kwargs
+        if self.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY:
+            words = {"num_decay_steps": 1, **words}
+        try:
+            get_scheduler(self.lr_scheduler_type, optimizer, **steps, scheduler_specific_kwargs=words)
+        except (TypeError, ValueError) as error:
+            kind = f"lr_scheduler_type={SchedulerType(self.lr_scheduler_type).value}"
+            raise UserError(
+                f"lr_scheduler_kwargs={self.lr_scheduler_kwargs} does not go with {kind}: {one_line(error)}"
+            ) from error
+
     def _check_values(self):
         """What the library would only stumble over later, with a traceback."""
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", *COUNTS):
@@ -143,6 +168,11 @@ class ReZeroTrainingArguments(TrainingArguments):
             raise UserError(f"lr_drops={self.lr_drops}: must be shares of the run, each between 0 and 1.")
         if self.max_steps == 0:
             raise UserError("max_steps=0: must be at least 1, or -1 to count num_train_epochs instead.")
+        if self.dataloader_num_workers < 0:
+            raise UserError(f"dataloader_num_workers={self.dataloader_num_workers}: must be 0 or more.")
+        for name in ("log_level", "log_level_replica"):
+            if getattr(self, name) not in trainer_log_levels:
+                raise UserError(f"{name}={getattr(self, name)!r} is unknown; one of {', '.join(trainer_log_levels)}.")
         if self.nonfinite not in ("stop", "skip"):
             raise UserError(f"nonfinite={self.nonfinite!r} is unknown; one of stop, skip.")
         if self.max_skipped_steps < 0:

@@ -6,8 +6,10 @@ way leaves a partial folder that nobody reads and the next save removes.
 """
 
 import json
+import os
 import re
 import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from pathlib import Path
@@ -152,7 +154,7 @@ def newest_complete(folder: str | Path) -> tuple[Path | None, list[str]]:
     return None, skipped
 
 
-def fetch_checkpoint(source: str, into: Path) -> Path:
+def fetch_checkpoint(source: str, into: Path, check: Callable[[Path], None] | None = None) -> Path:
     """Bring a checkpoint from elsewhere to where a run looks for its own.
 
     Every process of a run may call it: the first does the work, the others wait for its lock, which no collective times
@@ -163,6 +165,7 @@ def fetch_checkpoint(source: str, into: Path) -> Path:
             `checkpoint-N`, of which the newest complete one is taken. Nothing of it is run; one in shards, which torch
             describes in a pickle, is refused.
         into: the run's folder of checkpoints, which holds none yet.
+        check: raises where a checkpoint, whole as it is, does not fit; then nothing is brought.
 
     Returns:
         The checkpoint there.
@@ -172,10 +175,11 @@ def fetch_checkpoint(source: str, into: Path) -> Path:
     """
     into.mkdir(parents=True, exist_ok=True)
     with FileLock(into.parent / ".fetch.lock"):
-        return next(iter(checkpoints_in(into)), None) or _fetch(source, into)
+        return next(iter(checkpoints_in(into)), None) or _fetch(source, into, check)
 
 
-def _fetch(source: str, into: Path) -> Path:
+def _fetch(source: str, into: Path, check: Callable[[Path], None] | None) -> Path:
+    source = os.path.expanduser(source)
     local = Path(source).is_dir()
     if local:
         found, skipped = Path(source).absolute(), []
@@ -196,6 +200,8 @@ def _fetch(source: str, into: Path) -> Path:
         raise UserError(f"{source} holds no complete checkpoint ({there})")
     # The Hub's was verified when it was chosen.
     record = verify_checkpoint(found) if local else record_of(found)
+    if check is not None:
+        check(found)
     target = into / found.name
     partial = begin_checkpoint(target)
     for name in _names(found):

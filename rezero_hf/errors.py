@@ -24,13 +24,13 @@ def refused(where: str) -> Iterator[None]:
     """Turn what a library says inside of words that do not go together into the line `where: why`.
 
     Raises:
-        UserError: instead of an ImportError, RuntimeError or ValueError; one from inside passes as it is.
+        UserError: instead of what a library raises of words; one from inside passes as it is.
     """
     try:
         yield
     except UserError:
         raise
-    except (ImportError, RuntimeError, ValueError) as error:
+    except (ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{where}: {one_line(error, None)}") from error
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .corpora import PythonStdlib
+from .errors import one_line
 from .hub_corpora import SPLIT_NAMES, label_of, load_dataset_or_explain
 from .sources import SPLITS, DataError, cache_folder, memory_file, recall, remember
 
@@ -153,6 +154,11 @@ def _read(
         for split, name in own.items()
         if name
     }
+    for row in read["train"]:
+        if strange := next((label for label in _each(row.label) if not isinstance(label, str | int | float)), None):
+            raise DataError(
+                f"{data}: column {label_column!r} holds {one_line(repr(strange))}; a label is a word or a number"
+            )
     if classes is None:
         labels = {label for row in read["train"] for label in _each(row.label)}
         whole = all(isinstance(label, int) for label in labels)

@@ -73,7 +73,10 @@ CIRCUMSTANCES = (
 IN_ITS_NUMBERS = (
     *("per_device_train_batch_size", "gradient_accumulation_steps"),
     *("nonfinite", "max_skipped_steps", "final_eval_blocks"),
+    *("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "eval_blocks"),
 )
+# What evaluations give, by which the best checkpoint can be chosen.
+MEASURED = ("loss", "bits_per_byte", "perplexity", "accuracy")
 
 
 @dataclass
@@ -312,6 +315,18 @@ def name_is_plain(name: Any) -> bool:
     return isinstance(name, str) and bool(name.strip(". ")) and Path(name).name == name
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, to which a key that is given twice is a mistake, and not the later of the two."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is given twice", key.start_mark)
+            seen.add((key.tag, key.value))
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping a YAML file holds.
 
@@ -319,7 +334,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         RecipeError: it cannot be read, or holds something else.
     """
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        document = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError as error:
         raise RecipeError(f"{path}: no such recipe.") from error
     except (OSError, UnicodeDecodeError) as error:
@@ -343,14 +358,21 @@ def _training(values: dict[str, Any], where: str) -> dict[str, Any]:
     for field in training:
         if field in NOT_OURS:
             raise RecipeError(f"{where}.{field} cannot be set in a recipe: {NOT_OURS[field]}.")
+    for field in ("eval", "save", "logging"):
+        # A run is one epoch to the library, however often it goes through its data.
+        if str(training.get(f"{field}_strategy")) == "epoch":
+            share = f"{field}_strategy: steps with {field}_steps: 0.1, say, a tenth of the run"
+            raise RecipeError(f"{where}.{field}_strategy=epoch would be once, at the end of the run; take {share}.")
+    best = str(training.get("metric_for_best_model") or "loss").removeprefix("eval_")
+    check_names([best], MEASURED, f"{where}.metric_for_best_model")
     return training
 
 
 def _arguments(output_dir: str | Path, training: dict[str, Any], where: str) -> ReZeroTrainingArguments:
     try:
         return ReZeroTrainingArguments(output_dir=str(output_dir), **training)
-    except (ValueError, TypeError) as error:
-        raise RecipeError(f"{where}: {error}") from error
+    except (ValueError, TypeError, KeyError, OSError, ImportError) as error:
+        raise RecipeError(f"{where}: {one_line(error, None)}") from error
 
 
 def _override_all(document: dict[str, dict], overrides: typing.Iterable[str]) -> None:

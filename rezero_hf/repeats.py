@@ -17,7 +17,7 @@ from .study_tables import DIGITS, UNITS, as_shown, row_label, values
 
 
 HEADER = (
-    *("recipe", "what it is about, then → now", "against, then → now", "all rows", "seeds, then → now"),
+    *("recipe", "our row, then → now", "compared with, then → now", "all rows", "seeds, then → now"),
     *("machine, then → now", "core-hours", "with the search (estimate)"),
 )
 # A repeat, and the committed result that it is of.

@@ -13,6 +13,10 @@ from .recipe import changed_words
 from .sources import writable_folder
 
 
+# What a run that goes on elsewhere may have another of.
+LENGTH = ("training.max_steps:", "training.num_train_epochs:")
+
+
 class RunDir(NamedTuple):
     """A folder claimed for one run.
 
@@ -77,8 +81,35 @@ def new_folder(path: str | Path) -> None:
     """
     path = Path(path)
     writable_folder(path, "choose another folder with --output")
-    if any(path.iterdir()):
+    check_empty(path)
+
+
+def check_empty(path: str | Path) -> None:
+    """Raise a `UserError` if something is in a folder, before `new_folder` is to make it."""
+    path = Path(path)
+    if path.is_dir() and any(path.iterdir()):
         raise UserError(f"{path} is not empty; choose another folder with --output.")
+
+
+def check_goes_on(checkpoint: Path, recipe: str) -> None:
+    """Raise a `UserError` unless a checkpoint of another folder is of a recipe, but for the length of the run.
+
+    The data are held by their fingerprint; where they lie may be another place. A checkpoint without a recipe, of a
+    trainer of one's own, is taken.
+    """
+    known = checkpoint / "recipe.yaml"
+    if not known.is_file():
+        return
+    changed = [
+        line
+        for line in changed_words(known.read_text(encoding="utf-8"), recipe)
+        if line.startswith(("model.", "training.")) and not line.startswith(LENGTH)
+    ]
+    if changed:
+        raise UserError(
+            f"{checkpoint} is of another recipe ({'; '.join(changed[:4])}): put that back to go on with it, or begin "
+            "with its weights by init_from.path."
+        )
 
 
 def is_interrupted(path: str | Path) -> bool:

@@ -110,7 +110,7 @@ def begin(
     """
     if init_from.path is None:
         return Beginning(model_class(config))
-    folder, called = Path(init_from.path), f"init_from.path={init_from.path}"
+    folder, called = Path(init_from.path).expanduser(), f"init_from.path={init_from.path}"
     # The main process says what it is: to one that does not see the folder, its path would be a name on the Hub.
     local, remembers = on_main(lambda: _look_at(folder))
     remembers = remembers and model_class is ReZeroForCausalLM
@@ -120,7 +120,7 @@ def begin(
             f"{called}: under FSDP a whole optimiser's state cannot go over: name an export of it (scripts/export.py), "
             "which holds weights alone."
         )
-    name, _, revision = (init_from.path, "", "") if local else init_from.path.partition("@")
+    name, _, revision = (str(folder), "", "") if local else init_from.path.partition("@")
     where = {"revision": revision or None, "trust_remote_code": False}
     try:
         # Asked for a configuration, the library makes one of whatever it finds.

@@ -30,7 +30,7 @@ from rezero_hf.licences import license_there
 from rezero_hf.markdown import number, table
 from rezero_hf.optim import gates as gates_of
 from rezero_hf.recipe import script_arguments
-from rezero_hf.run_folder import new_folder
+from rezero_hf.run_folder import check_empty, new_folder
 from rezero_hf.runs import now, provenance, read_metrics
 from rezero_hf.tasks import TASKS, TaskConfig
 from rezero_hf.together import on_main
@@ -67,10 +67,12 @@ def main(
     cache_dir: Annotated[str | None, typer.Option("--cache-dir", help="where prepared data live")] = None,
 ) -> None:
     check_launch()
+    output = output.expanduser()
     rate = {} if lora is None else {"learning_rate": LORA_RATE}
     args = script_arguments(output / "checkpoints", DEFAULTS | rate, overrides or ())
     if lora is not None:
         check_lora(args, from_scratch)
+    on_main(lambda: check_empty(output))
     base = find_base(model, task)
     about = TaskConfig(task, data, text_column, label_column, config_name, revision)
     rows = read_task(base, about, args, block_size, cache_dir)

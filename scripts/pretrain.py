@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -30,7 +31,7 @@ from rezero_hf.licences import license_there
 from rezero_hf.planning import describe, make_plan
 from rezero_hf.recipe import load_language_recipe
 from rezero_hf.rehearsal import rehearse
-from rezero_hf.run_folder import claim_run_dir, is_interrupted
+from rezero_hf.run_folder import check_goes_on, claim_run_dir, is_interrupted
 from rezero_hf.runs import now, provenance, read_metrics
 from rezero_hf.starting import InitFrom, begin
 from rezero_hf.together import everywhere, on_main
@@ -62,8 +63,17 @@ def main(
         raise UserError(f"--mfu {mfu}: must be above 0 and at most 1.")
     if device not in (None, "cpu", "cuda"):
         raise UserError(f"--device {device}: take cpu or cuda.")
+    asked = {"mfu": mfu != 0.4, "devices": devices is not None, "shards": shards != 1, "device": device is not None}
+    if not dry_run and any(asked.values()):
+        name = next(name for name, given in asked.items() if given)
+        raise UserError(f"--{name} goes with --dry-run; a run has the devices that it is launched on.")
     plan = load_language_recipe(recipe, overrides or (), smoke)
-    output = output or Path("runs") / plan.name
+    output = (output or Path("runs") / plan.name).expanduser()
+    if resume_from is not None and output.resolve() in Path(resume_from).expanduser().resolve().parents:
+        raise UserError(
+            f"--resume-from {resume_from} lies in {output}: an interrupted run there goes on without it; to go on with "
+            "a finished one, choose another folder with --output."
+        )
     args = plan.training_arguments(output / "checkpoints")
     main_process = args.process_index == 0
     record = provenance(args.device)
@@ -127,7 +137,9 @@ def main(
         now_in = f" and is kept in {os.path.relpath(aside)}" if aside else ""
         raise UserError(f"{output}: the run there ended meanwhile{now_in}; the same command again begins another")
     if resume_from is not None and not goes_on:
-        everywhere(lambda: fetch_checkpoint(resume_from, output / "checkpoints"), "no process can begin without it")
+        fits = partial(check_goes_on, recipe=resolved)
+        fetch = partial(fetch_checkpoint, resume_from, output / "checkpoints", fits)
+        everywhere(fetch, "no process can begin without it")
         goes_on = True
     with refused(f"{recipe}: training"):
         trainer = ReZeroTrainer(

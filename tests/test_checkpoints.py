@@ -54,6 +54,13 @@ def test_what_a_system_leaves_in_a_folder_is_not_the_checkpoints(tmp_path):
     for name in (".DS_Store", "shards/._part-0.bin", ".nfs000000000001", "Thumbs.db"):
         (checkpoint / name).write_bytes(b"")
     assert verify_checkpoint(checkpoint)["step"] == 5
+
+    def another(found):
+        raise UserError(f"{found.name} is of another run")
+
+    with pytest.raises(UserError, match="checkpoint-5 is of another run"):
+        fetch_checkpoint(str(checkpoint), tmp_path / "run" / "checkpoints", another)
+    assert checkpoints_in(tmp_path / "run" / "checkpoints") == []
     fetched = fetch_checkpoint(str(checkpoint), tmp_path / "run" / "checkpoints")
     assert sum(path.is_file() for path in fetched.rglob("*")) == len(FILES) + 1
 

@@ -423,6 +423,9 @@ def test_labelled_text_is_held_out_by_its_text_and_in_no_two_splits(tmp_path):
     (tmp_path / "test.jsonl").write_text(json.dumps({"text": "new", "label": 7}) + "\n")
     with pytest.raises(UserError, match="test has the label '7', which no training row has"):
         read_labelled(str(tmp_path), "text", "label")
+    path.write_text("".join(json.dumps({**row, "label": {"answer": row["label"]}}) + "\n" for row in rows))
+    with pytest.raises(UserError, match=r"column 'label' holds {'answer': \d}; a label is a word or a number"):
+        read_labelled(str(path), "text", "label")
 
 
 def test_minus_one_is_a_class_but_of_a_class_label_and_a_split_without_labels_is_none(tmp_path):

@@ -1,5 +1,7 @@
 """A recipe is read strictly: every mistake is one line naming file, key and value, and defaults are written out."""
 
+import re
+
 import pytest
 import yaml
 
@@ -87,6 +89,8 @@ def test_the_resolved_recipe_writes_out_every_default_and_loads_again(recipe, tm
         ("model.hidden_size=65", "hidden_size=65 is not a multiple of num_attention_heads=2"),
         ("model.vocab_size=64", "model.vocab_size=64 is smaller than the 259 ids of data.tokenizer='bytes'"),
         ("model.max_position_embeddings=32", "max_position_embeddings=32 is smaller than data.block_size=64"),
+        ("training.save_strategy=epoch", "save_strategy=epoch would be once, at the end of the run; take save_strategy: steps"),
+        ("training.metric_for_best_model=los", "metric_for_best_model 'los' is unknown; did you mean 'loss'"),
         ("training.max_steps", "override 'training.max_steps' is not of the form section.key=value"),
         ("training.max_steps=[", "override 'training.max_steps=.*the value is not YAML"),
     ],
@@ -107,6 +111,8 @@ def test_a_mistake_is_one_line_with_the_way_out(recipe, override, message):
             "not a recipe: the file must be a mapping with the sections model, data, training, init_from, task, smoke",
         ),
         ("model: {", "not valid YAML"),
+        ("model: {}\nmodel: {}", "not valid YAML: key 'model' is given twice"),
+        ("training: {seed: 1, seed: 2}", "key 'seed' is given twice"),
         ("smoke: {model: 1}", "smoke: 'model' is not section.key"),
         ("full: {training.max_step: 3}", "full: training key 'max_step' is unknown; did you mean 'max_steps'"),
     ],
@@ -134,6 +140,27 @@ def test_training_arguments_report_what_they_refuse(recipe, tmp_path):
     uneven = ["training.global_batch_size=10", "training.per_device_train_batch_size=4"]
     with pytest.raises(RecipeError, match=r"global_batch_size=10 is not a multiple of the 4 sequences of one pass"):
         load_recipe(recipe, uneven).training_arguments(tmp_path)
+    for words, message in (
+        (["log_level=loud"], "log_level='loud' is unknown; one of"),
+        (["dataloader_num_workers=-1"], "dataloader_num_workers=-1: must be 0 or more"),
+        (["lr_scheduler_kwargs={foo: 1}"], "lr_scheduler_kwargs={'foo': 1} does not go with lr_scheduler_type=linear"),
+        (["load_best_model_at_end=true"], "requires the save and eval strategy to match"),
+    ):
+        with pytest.raises(RecipeError, match=rf"demo\.yaml: training: .*{re.escape(message)}") as caught:
+            load_recipe(recipe, [f"training.{word}" for word in words]).training_arguments(tmp_path)
+        assert "\n" not in str(caught.value)
+
+
+def test_the_best_checkpoint_has_the_fewest_bits_and_the_most_that_is_right(recipe, tmp_path):
+    for metric, greater in (
+        ("bits_per_byte", False),
+        ("eval_bits_per_byte", False),
+        ("loss", False),
+        ("accuracy", True),
+    ):
+        words = [f"training.metric_for_best_model={metric}", "training.load_best_model_at_end=true"]
+        words += [f"training.{when}_{what}" for when in ("eval", "save") for what in ("strategy=steps", "steps=5")]
+        assert load_recipe(recipe, words).training_arguments(tmp_path).greater_is_better is greater
 
 
 def test_accumulation_is_derived_from_the_global_batch(recipe, tmp_path):

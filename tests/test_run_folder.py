@@ -7,7 +7,7 @@ from processes import run_script
 
 from rezero_hf.checkpoints import begin_checkpoint, finish_checkpoint
 from rezero_hf.errors import UserError
-from rezero_hf.run_folder import claim_run_dir
+from rezero_hf.run_folder import check_goes_on, claim_run_dir
 
 
 RECIPE = "model: {hidden_size: 32}\ndata: {}\ntraining: {learning_rate: 0.1, save_steps: 5}\n"
@@ -81,6 +81,15 @@ def test_a_folder_that_is_no_run_or_is_in_use_is_left_alone(tmp_path):
     (tmp_path / "claim.py").write_text(code)
     done = run_script(tmp_path / "claim.py")
     assert "another run is writing there" in done.stderr
+
+
+def test_a_checkpoint_from_elsewhere_is_of_the_same_recipe(tmp_path):
+    """But for the length of the run, and for where its data lie, which their fingerprint holds to."""
+    check_goes_on(tmp_path, RECIPE)
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    check_goes_on(tmp_path, RECIPE.replace("save_steps: 5", "max_steps: 9").replace("data: {}", "data: {cache_dir: x}"))
+    with pytest.raises(UserError, match=r"another recipe \(training.learning_rate: 0.1 -> 0.2\): put that back"):
+        check_goes_on(tmp_path, RECIPE.replace("0.1", "0.2"))
 
 
 def test_a_run_folder_that_cannot_be_made_is_one_line(tmp_path):

@@ -95,6 +95,11 @@ def test_the_printed_next_commands_run(corpus, tmp_path):
         (["model.vocab_size=64"], "model.vocab_size=64 is smaller than the 259 ids"),
         (["data.test_fraction=0", "training.eval_blocks=0"], "eval_blocks=0: must be at least 1"),
         (["training.report_to=wandb"], "report_to='wandb': this tracker is not installed"),
+        (["--devices", "4"], "--devices goes with --dry-run"),
+        (
+            ["--output", "runs/a", "--resume-from", "runs/a/checkpoints/checkpoint-4"],
+            "--resume-from runs/a/checkpoints/checkpoint-4 lies in runs/a: an interrupted run there goes on without it",
+        ),
         (["training.global_batch_size=3", "training.per_device_train_batch_size=2"], "is not a multiple of the 2"),
     ],
 )
