@@ -233,7 +233,7 @@ def test_rows_begin_from_a_base_that_is_made_once(text_recipe, data, tmp_path, m
     }
     result = summarise("text", "cpu", study, runs)
     assert result["training_seconds"] == round(sum(run["training_seconds"] for row in runs.values() for run in row))
-    assert "`base` (name None, max_steps 4, learning_rate 0.1, " in study_card(result, [])
+    assert "`base` (max_steps 4, learning_rate 0.1, " in study_card(result, [])
     shutil.rmtree(tmp_path / "runs" / "bases" / "base")
     with pytest.raises(
         UserError, match=r"bases/base is gone, which held in .*runs began from: delete those folders too"
@@ -332,7 +332,7 @@ def test_the_script_tunes_and_draws(recipe, tmp_path):
     again = json.loads((tmp_path / "again" / "result.json").read_text())
     assert [row["chosen"] for row in again["rows"]] == [row["chosen"] for row in result["rows"]]
     assert len(list((tmp_path / "again").rglob("run.json"))) == 4
-    assert done.stdout.count("| +0.000 |") == 2
+    assert done.stdout.count("| +0.0 |") == 2
     assert again["repeats"] == result["finished"] and again["core_seconds"] > 0
     # Other seeds have their own folder; without a choice they would be another search.
     chosen = ("--chosen", tmp_path / "runs" / "result.json")
