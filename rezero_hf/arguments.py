@@ -17,6 +17,8 @@ from .optim import OptimizerName, check_optimizer, make_optimizer
 
 COUNTS = ("gradient_accumulation_steps", "global_batch_size", "eval_blocks", "final_eval_blocks", "peak_flops")
 MULTIPLIERS = ("gate_lr_multiplier", "matrix_lr_multiplier")
+# How many seeds there are: what every generator takes.
+SEEDS = 2**32
 # What evaluations give, besides losses, of which less is better.
 LESS_IS_BETTER = ("bits_per_byte", "perplexity")
 
@@ -159,7 +161,7 @@ class ReZeroTrainingArguments(TrainingArguments):
         for name in ("learning_rate", "seed", "num_train_epochs", "weight_decay", *MULTIPLIERS):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"{name}={getattr(self, name)}: must be a finite number, 0 or more.")
-        if self.seed >= 2**32:
+        if self.seed >= SEEDS:
             raise UserError(f"seed={self.seed}: must be below 2**32.")
         for name in ("adam_beta1", "adam_beta2", "momentum"):
             if not 0 <= getattr(self, name) < 1:

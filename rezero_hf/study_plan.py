@@ -8,15 +8,13 @@ from typing import Any, Literal
 
 import yaml
 
+from .arguments import SEEDS
 from .recipe import SECTIONS, SIZES, load_recipe, name_is_plain, read_yaml
 from .strict import RecipeError, check_names, checked, made
 
 
 # Metric -> whether less of it is better.
 METRICS = {"bits_per_byte": True, "loss": True, "accuracy": False}
-
-# How many seeds there are: what every generator takes.
-SEEDS = 2**32
 
 # What a study's folder holds beside a folder for each row.
 TAKEN = ("bases", "figures", "result.json")

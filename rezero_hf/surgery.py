@@ -161,17 +161,15 @@ def _check_activation(config: PreTrainedConfig, alphas: list[torch.Tensor]) -> N
 
 def _check_can_be_closed(config: PreTrainedConfig) -> None:
     """What a new layer needs to be the identity and to get a gradient all the same."""
-    form, family = RESIDUAL_FORMS[config.residual], config.model_type
+    ungated, family = not RESIDUAL_FORMS[config.residual].has_gate, config.model_type
     why = None
     if getattr(config, "activation_position", None) == "sum" and config.hidden_act != "relu":
         why = f"hidden_act={config.hidden_act!r} on the sum changes what goes through a layer whose branch is off"
-    elif form.has_gate:
-        pass
-    elif config.residual not in FOLDED.values():
+    elif ungated and config.residual not in FOLDED.values():
         why = f"a layer of residual={config.residual!r} is never the identity, whatever F is"
-    elif family == "rezero_mlp":
+    elif ungated and family == "rezero_mlp":
         why = f"without a gate (residual={config.residual!r}) a new layer's F does not start at 0"
-    elif family == "rezero_resnet" and config.initialization == "default":
+    elif ungated and family == "rezero_resnet" and config.initialization == "default":
         why = "residual='plain' has no gate to switch a new layer off; initialization='zero_gamma' and 'fixup' have one"
     if why is not None:
         raise UserError(f"cannot grow this network: {why}.")
@@ -196,14 +194,14 @@ def _places(config: PreTrainedConfig, to: Any, where: Any) -> tuple[dict[str, An
         depths = config.depths
         to = [whole_number(depth) for depth in to] if isinstance(to, Sequence) else []
         fits = len(to) == len(depths) and None not in to and where == "end"
-        if not fits or any(new < old for new, old in zip(to, depths, strict=True)) or list(to) == depths:
+        if not fits or any(new < old for new, old in zip(to, depths, strict=True)) or to == depths:
             raise UserError(
                 f"to={asked!r}, where={where!r}: a ResNet grows at the ends of its stages; depths={depths} can grow to "
                 "a list of as many numbers, none smaller and one larger."
             )
         starts = [sum(to[:stage]) for stage in range(len(to))]
         places = [start + index for start, depth in zip(starts, depths, strict=True) for index in range(depth)]
-        return {"depths": list(to)}, places
+        return {"depths": to}, places
     depth = config.num_hidden_layers
     to = whole_number(to)
     if to is None or to <= depth:

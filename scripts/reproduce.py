@@ -18,6 +18,7 @@ from typing import Annotated
 import torch
 import typer
 
+from rezero_hf.arguments import SEEDS
 from rezero_hf.cli import numbers, run
 from rezero_hf.durable import write_whole
 from rezero_hf.errors import UserError
@@ -28,7 +29,7 @@ from rezero_hf.step_times import step_times
 from rezero_hf.strict import check_names
 from rezero_hf.studies import run_study
 from rezero_hf.study_figures import draw
-from rezero_hf.study_plan import SEEDS, load_study
+from rezero_hf.study_plan import load_study
 from rezero_hf.study_results import chosen_in, read_result, summarise
 from rezero_hf.study_tables import study_table
 
