@@ -88,7 +88,7 @@ def main(
         # What was chosen comes first.
         best = {cell.name: cell.overrides(runs[cell.name][0]["set"]) for cell in study.cells()}
         tuned = {name: load_recipe(recipe, [*said, *words["overrides"]], smoke, full) for name, said in best.items()}
-        times = step_times(tuned, seconds=2 if smoke else 60)
+        times = step_times(tuned, 2 if smoke else None)
     result = summarise(plan.name, size, study, runs, times)
     print(study_table(result))
     if there is not None:
