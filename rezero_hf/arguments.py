@@ -1,5 +1,6 @@
 """Training arguments: Transformers' own, and the few words they lack."""
 
+import inspect
 import math
 import os
 from dataclasses import dataclass, field
@@ -7,12 +8,14 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import SchedulerType, TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 from transformers.training_args import trainer_log_levels
 
 from .errors import UserError, one_line
 from .optim import OptimizerName, check_optimizer, make_optimizer
+from .strict import check_names
 
 
 COUNTS = ("gradient_accumulation_steps", "global_batch_size", "eval_blocks", "final_eval_blocks", "peak_flops")
@@ -105,6 +108,7 @@ class ReZeroTrainingArguments(TrainingArguments):
         super().__post_init__()
         self._check_devices()
         self._check_schedule()
+        self._check_checkpointing()
         available = get_available_reporting_integrations()
         for tracker in self.report_to:
             if tracker not in available:
@@ -151,6 +155,27 @@ class ReZeroTrainingArguments(TrainingArguments):
             raise UserError(
                 f"lr_scheduler_kwargs={self.lr_scheduler_kwargs} does not go with {kind}: {one_line(error)}"
             ) from error
+
+    def _check_checkpointing(self):
+        """Else it would be the first step that stumbles, or nothing at all."""
+        said = self.activation_checkpointing_kwargs
+        if not said:
+            return
+        named = inspect.signature(checkpoint).parameters.values()
+        torchs = {word.name for word in named if word.kind is word.KEYWORD_ONLY} | {"preserve_rng_state"}
+        # The library's own two.
+        defaults = {"every_n_layers": 1, "offload": False}
+        check_names(said, {*defaults, *torchs}, "activation_checkpointing_kwargs: word")
+        words = {**defaults, **said}
+        every, offload = words.pop("every_n_layers"), words.pop("offload")
+        if type(every) is not int or every < 1 or type(offload) is not bool:
+            raise UserError(
+                f"activation_checkpointing_kwargs={said}: every_n_layers has to be at least 1, offload true or false."
+            )
+        try:
+            checkpoint(torch.sin, torch.zeros(1, requires_grad=True), **{"use_reentrant": False, **words})
+        except (TypeError, ValueError) as error:
+            raise UserError(f"activation_checkpointing_kwargs={said}: {one_line(error)}") from error
 
     def _check_values(self):
         """What the library would only stumble over later, with a traceback."""
