@@ -20,6 +20,8 @@ from .strict import check_names
 
 COUNTS = ("gradient_accumulation_steps", "global_batch_size", "eval_blocks", "final_eval_blocks", "peak_flops")
 MULTIPLIERS = ("gate_lr_multiplier", "matrix_lr_multiplier")
+# What the library takes out of `activation_checkpointing_kwargs` for itself, with its defaults; the rest is torch's.
+CHECKPOINTING = {"every_n_layers": 1, "offload": False}
 # How many seeds there are: what every generator takes.
 SEEDS = 2**32
 # What evaluations give, besides losses, of which less is better.
@@ -166,11 +168,9 @@ class ReZeroTrainingArguments(TrainingArguments):
             return
         named = inspect.signature(checkpoint).parameters.values()
         torchs = {word.name for word in named if word.kind is word.KEYWORD_ONLY} | {"preserve_rng_state"}
-        # The library's own two.
-        defaults = {"every_n_layers": 1, "offload": False}
-        check_names(said, {*defaults, *torchs}, "activation_checkpointing_kwargs: word")
-        words = {**defaults, **said}
-        every, offload = words.pop("every_n_layers"), words.pop("offload")
+        check_names(said, {*CHECKPOINTING, *torchs}, "activation_checkpointing_kwargs: word")
+        words = {**CHECKPOINTING, **said}
+        every, offload = (words.pop(name) for name in CHECKPOINTING)
         if type(every) is not int or every < 1 or type(offload) is not bool:
             raise UserError(
                 f"activation_checkpointing_kwargs={said}: every_n_layers has to be at least 1, offload true or false."

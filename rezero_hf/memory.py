@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from .arguments import ReZeroTrainingArguments, compute_dtype, optimizer_for
+from .arguments import CHECKPOINTING, ReZeroTrainingArguments, compute_dtype, optimizer_for
 from .glibc_heap import GlibcHeap
 from .models import ReZeroConfig, ReZeroForCausalLM, ReZeroForMaskedLM
 
@@ -103,7 +103,7 @@ def plan_memory(
         _read_no_data(model)
         if checkpointing:
             how = dict(args.activation_checkpointing_kwargs or {})
-            settings = {name: how.pop(name) for name in ("every_n_layers", "offload") if name in how}
+            settings = {name: how.pop(name) for name in CHECKPOINTING if name in how}
             model.activation_checkpointing_enable(how or None, **settings)
         optimizer = optimizer_for(model, args)
         weights = list(model.parameters())
