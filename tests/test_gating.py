@@ -10,16 +10,17 @@ from torch.autograd import forward_ad
 from torch.testing._internal.two_tensor import TwoTensor
 
 from rezero_hf import ReZeroForCausalLM
-from rezero_hf.models.gating import Branch, GatedLinear
+from rezero_hf.models.gating import LEAST_VALUES, Branch, GatedLinear
 
 
 @contextmanager
 def products_with_gates(allowed=True):
-    """Counts the products that take a gate; where that is not allowed, none may."""
+    """Counts the products that take a gate, with however little work; where that is not allowed, none may."""
     takes_gate = Branch.takes_gate if allowed else lambda *_: False
     with (
         mock.patch.object(GatedLinear, "apply", mock.Mock(side_effect=GatedLinear.apply)) as taken,
         mock.patch.object(Branch, "takes_gate", takes_gate),
+        mock.patch.dict(LEAST_VALUES, cpu=0),
     ):
         yield taken
 
@@ -224,6 +225,17 @@ def test_few_tokens_leave_the_gate_on_the_output(tiny_model, rows):
     with products_with_gates() as taken:
         tiny_model().train()(input_ids=rows[:1, :16])
     assert taken.call_count == 0
+
+
+def test_little_work_leaves_the_gate_on_the_output(tiny_model, rows):
+    """A step of few values waits for its calls, not for its passes over them."""
+    with products_with_gates() as taken:
+        LEAST_VALUES["cpu"] = rows.numel() * tiny_model().config.hidden_size + 1
+        tiny_model().train()(input_ids=rows)
+        assert taken.call_count == 0
+        LEAST_VALUES["cpu"] -= 1
+        tiny_model().train()(input_ids=rows)
+    assert taken.call_count == 2 * tiny_model().config.num_hidden_layers
 
 
 def test_less_is_kept_for_the_backward_pass(tiny_model, rows):

@@ -14,6 +14,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 RECORDERS = "transformers.utils.output_capturing"
+# Device type -> values of x from which on fewer passes over them outweigh a step's further calls, of 0.2 ms a branch
+# (model_cards/LOG.md, section 28). With fewer on a GPU it is calls that a step waits for.
+LEAST_VALUES = {"cpu": 2**19, "cuda": 2**25}
 
 
 class Branch:
@@ -52,8 +55,7 @@ class Branch:
             # Tangents, and a batch of gates, take the plain form, as a multiplication in place cannot.
             and not torch._C._are_functorch_transforms_active()
             and torch.autograd.forward_ad._current_level < 0
-            # Fewer tokens than that, and <G, W> takes longer than the output's own sum (measured on a CPU).
-            and x.numel() >= 2 * x.shape[-1] * getattr(last, "out_features", torch.inf)
+            and _is_worth_it(x, getattr(last, "out_features", torch.inf))
             and module.dropout.p == 0
             and is_plain_linear(last)
             # Frozen, it has no gradient to read alpha's off.
@@ -107,6 +109,16 @@ def gated(alpha: torch.Tensor, f: Callable[[torch.Tensor], torch.Tensor], x: tor
     return alpha * f(x)
 
 
+def least_values(device_type: str) -> int:
+    """Values of a branch's input from which on its last product takes the gate; other accelerators are as GPUs."""
+    return LEAST_VALUES.get(device_type, LEAST_VALUES["cuda"])
+
+
+def _is_worth_it(x: torch.Tensor, out_features: int) -> bool:
+    # Fewer tokens than that, and <G, W> takes longer than the output's own sum (measured on a CPU).
+    return x.numel() >= max(2 * x.shape[-1] * out_features, least_values(x.device.type))
+
+
 def _inner(a, b):
     # Not `dot`, whose last bits depend on where its vectors lie in memory: a resumed run would drift from a whole one.
     return (a * b).sum()
@@ -139,4 +151,4 @@ def _is_watched(module: nn.Module) -> bool:
     return bool(own or _has_any_global_hook())
 
 
-__all__ = ["Branch", "GatedLinear", "gated", "is_plain_linear"]
+__all__ = ["LEAST_VALUES", "Branch", "GatedLinear", "gated", "is_plain_linear", "least_values"]
