@@ -41,8 +41,9 @@ class ReZeroTrainingArguments(TrainingArguments):
         momentum: of `sgd`, default 0.9.
         gate_lr_multiplier: learning rate of the gates over that of the rest, default 1, the paper's. More lets gates
             that begin at 0 leave it within a short run: with AdamW at 12 layers, width 96 and 500 steps, 64 (4 is most
-            of it) ends at 2.304 +- 0.031 bits per byte, 1 at 2.382 +- 0.011 (model_cards/gate_rate). Where they
-            leave it anyway more may cost: the quickstart ends behind with 4 (model_cards/LOG.md, section 27).
+            of it) ends at 2.304 +- 0.031 bits per byte, 1 at 2.382 +- 0.011 (model_cards/gate_rate); at width 512 128
+            ends at 1.661 +- 0.041, 1 at 2.010 +- 0.005 (model_cards/lm12_wide). Where they leave it anyway more may
+            cost: the quickstart ends behind with 4 (model_cards/LOG.md, section 27).
         gate_lr_constant: hold the gates' learning rate whatever the schedule of the rest, as the authors do under a
             one-cycle schedule; default False.
         lr_drops: shares of the run, each in (0, 1), after which every rate that follows the schedule falls to a tenth,
