@@ -8,7 +8,6 @@ itself, for every residual form, and takes seconds whatever the size.
 import weakref
 from dataclasses import dataclass
 from functools import partial
-from unittest.mock import patch
 
 import torch
 from accelerate.utils import convert_outputs_to_fp32
@@ -22,7 +21,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from .arguments import CHECKPOINTING, ReZeroTrainingArguments, compute_dtype, optimizer_for
 from .glibc_heap import GlibcHeap
 from .models import ReZeroConfig, ReZeroForCausalLM, ReZeroForMaskedLM
-from .models.gating import LEAST_VALUES, least_values
 
 
 # The library leaves out a mask that only says "causal", but not before it has read the positions, which have no data
@@ -100,9 +98,7 @@ def plan_memory(
         heap: a new one, where the tensors are to lie; None (default) plans no resident bytes.
     """
     dtype = compute_dtype(args)
-    # Here all tensors say that they are on a CPU.
-    there = patch.dict(LEAST_VALUES, cpu=least_values(args.device.type))
-    with FakeTensorMode(), _LiveBytes(heap) as count, there:
+    with FakeTensorMode(), _LiveBytes(heap) as count:
         model = language_model(config).train()
         _read_no_data(model)
         if checkpointing:

@@ -4,6 +4,7 @@ import copy
 import os
 import platform
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import torch
 
@@ -14,6 +15,7 @@ from .glibc_heap import GlibcHeap
 from .markdown import duration
 from .memory import MemoryPlan, language_model, plan_memory
 from .models import ReZeroConfig
+from .models.gating import LEAST_VALUES, least_values
 
 
 @dataclass(frozen=True)
@@ -106,14 +108,14 @@ def make_plan(
     # As Trainer does it, which keeps no keys and values while it trains.
     planned = copy.deepcopy(config)
     planned.use_cache = args.use_cache
-    if (device or args.device.type) != "cpu":
+    device = device or args.device.type
+    if device != "cpu":
         planned.attention_dropout = 0.0
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in language_model(planned).parameters())
     # The second pass of an accumulation meets the gradients of the first; further ones meet no more.
     passes = min(2, sequences // one_pass)
-    on_cpu = (device or args.device.type) == "cpu"
-    has_heap = on_cpu and world_size == 1 and platform.libc_ver()[0] == "glibc"
+    has_heap = device == "cpu" and world_size == 1 and platform.libc_ver()[0] == "glibc"
     threshold = os.environ.get("MALLOC_MMAP_THRESHOLD_", "")
     heap = GlibcHeap(int(threshold) if threshold.isdecimal() else None) if has_heap else None
     checkpointing = bool(args.activation_checkpointing)
@@ -124,9 +126,11 @@ def make_plan(
             return None
         # A heap only for the plan that is carried out, for it takes as long again.
         placed = heap if taken else None
-        return plan_memory(planned, args, block_size, passes, world_size > 1, shards, recomputing, placed)
+        # Tensors without data all say that they are on a CPU.
+        with patch.dict(LEAST_VALUES, cpu=least_values(device)):
+            return plan_memory(planned, args, block_size, passes, world_size > 1, shards, recomputing, placed)
 
-    on_gpu = (device or args.device.type) == args.device.type == "cuda"
+    on_gpu = device == args.device.type == "cuda"
     return RunPlan(
         parameters=parameters,
         flops_per_token=flops_per_token(config, block_size),

@@ -14,6 +14,7 @@ from rezero_hf.errors import UserError
 from rezero_hf.flops import flops_per_token, peak_flops
 from rezero_hf.markdown import duration
 from rezero_hf.memory import language_model, plan_memory
+from rezero_hf.models.gating import LEAST_VALUES
 from rezero_hf.optim import make_optimizer
 from rezero_hf.planning import describe, make_plan
 from rezero_hf.rehearsal import rehearse
@@ -148,6 +149,15 @@ def test_attention_dropout_costs_a_gpu_nothing(tiny_config, arguments):
     cpu, gpu = (make_plan(config, arguments(), TOKENS, 1, device=device).plain for device in ("cpu", "cuda"))
     assert gpu == make_plan(tiny_config(), arguments(), TOKENS, 1, device="cuda").plain
     assert cpu.activations > gpu.activations
+
+
+def test_a_gpu_keeps_the_outputs_that_a_gate_stands_on(tiny_config, arguments, monkeypatch):
+    """Where the last product of a branch takes the gate, as here on a CPU, the branch's output is not kept."""
+    monkeypatch.setitem(LEAST_VALUES, "cpu", 0)
+    config = tiny_config()
+    args = arguments(per_device_train_batch_size=4)
+    cpu, gpu = (make_plan(config, args, 32, 1, device=device).plain for device in ("cpu", "cuda"))
+    assert gpu.activations - cpu.activations == 2 * config.num_hidden_layers * 4 * 32 * config.hidden_size * 4
 
 
 def test_a_global_batch_is_the_same_on_any_number_of_devices(tiny_config, arguments):
