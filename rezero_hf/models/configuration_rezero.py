@@ -291,10 +291,13 @@ class ReZeroConfig(PreTrainedConfig):
         behind (model_cards/norm_free). At 48 layers and 200 steps it ends, without a warm-up, at 2.206 +- 0.011,
         pre-norm at 2.447 +- 0.021 and 2.453 +- 0.017, ahead at every evaluation with every seed, and pre-norm with the
         same constant on its branches at 2.270 +- 0.006, ahead of that from step 75 on (model_cards/norm_free_deep). How
-        it was found: model_cards/LOG.md. Wider it does not hold: at 256, with Muon and 800 steps, it ends at 1.631 +-
-        0.061, pre-norm (RMSNorm) at 1.561 +- 0.036 and ahead at every evaluation (model_cards/norm_free_wide); at 512,
-        with AdamW and 500 steps, it is ahead until the middle and ends at 1.592 +- 0.024, pre-norm at 1.552 +- 0.004
-        (model_cards/lm12_wide).
+        it was found: model_cards/LOG.md.
+
+        Those are of width 96. A wider net wants `gate_init=0.5` at 12 layers: at width 256 and 400 steps of Muon it
+        ends at 1.742 +- 0.025, pre-norm (RMSNorm) at 1.759 +- 0.037 (section 29 there; three seeds, rates not searched
+        for it). With 0.25, at 800 steps, it ends at 1.631 +- 0.061, pre-norm at 1.561 +- 0.036 and ahead at every
+        evaluation (model_cards/norm_free_wide). At 512 with AdamW, 500 steps and 0.25 it is ahead until the middle and
+        ends at 1.592 +- 0.024, pre-norm at 1.552 +- 0.004 (model_cards/lm12_wide).
 
         Args:
             num_hidden_layers: depth.
