@@ -1,4 +1,4 @@
-"""A study once more with what its committed result has chosen: whether its table holds, and what that costs."""
+"""A study once more with what its committed result has chosen: whether its table holds, and what it costs."""
 
 import json
 import math
@@ -12,13 +12,13 @@ from .markdown import join
 from .markdown import table as markdown_table
 from .runs import is_processor
 from .study_overview import about_signals, compared, ending, of_the_paper
-from .study_results import cost, measured, place_of, places, result_name
+from .study_results import cost, measured, place_of, places, result_name, tuned
 from .study_tables import DIGITS, UNITS, as_shown, row_label, values
 
 
 HEADER = (
     *("recipe", "our row, then → now", "compared with, then → now", "all rows", "seeds, then → now"),
-    *("machine, then → now", "core-hours", "with the search (estimate)"),
+    *("machine, then → now", "core-hours", "with `--search` (estimate)"),
 )
 # A repeat, and the committed result that it is of.
 Pair = tuple[dict[str, Any], dict[str, Any]]
@@ -64,10 +64,7 @@ def original_of(repeat: dict[str, Any], results: Iterable[dict[str, Any]]) -> di
     elif "core_seconds" not in repeat:
         wrong = "has runs of unknown time (old, resumed, or with more --jobs than cores): delete these"
     if wrong is not None:
-        raise UserError(
-            f"this repeat of {name} {wrong}. Run: python scripts/reproduce.py scripts/recipes/{name}.yaml --chosen "
-            f"model_cards/results/{name}.json"
-        )
+        raise UserError(f"this repeat of {name} {wrong}. Run: python scripts/reproduce.py scripts/recipes/{name}.yaml")
     return result
 
 
@@ -99,9 +96,16 @@ def repeats_section(pairs: Iterable[Pair], recipes: Collection[str]) -> str:
 def repeated_said(repeat: dict[str, Any], result: dict[str, Any]) -> str:
     """What a recipe's header says of it."""
     ours, *_ = compared(result)
-    seeds = "" if repeat["seeds"] == result["seeds"] else f" and seeds {_seeds(repeat)}"
-    cost = f"{_core_hours(repeat):.2f} core-hours, {'; '.join(repeat['device'])}"
-    return f"with --chosen{seeds}: {_both(ours, repeat, result)}; {cost}"
+    seeds = "" if repeat["seeds"] == result["seeds"] else f" with seeds {_seeds(repeat)}"
+    return f"{_both(ours, repeat, result)}{seeds}"
+
+
+def cost_said(repeat: dict[str, Any], result: dict[str, Any]) -> str:
+    """What a recipe's header says of what its study takes on two cores, without a search and with it."""
+    here = _duration(_on_two_cores(repeat, _core_hours(repeat)))
+    searched = _duration(_on_two_cores(repeat, _hours_with_search(repeat, result)))
+    more = f"; with --search about {searched}" if tuned(result) else ""
+    return f"{here} on two cores ({'; '.join(repeat['device'])}){more}"
 
 
 def _line(repeat: dict[str, Any], result: dict[str, Any]) -> list[str]:
@@ -120,20 +124,20 @@ def _line(repeat: dict[str, Any], result: dict[str, Any]) -> list[str]:
 
 
 def _together(pairs: list[Pair]) -> Iterator[str]:
-    """Sums of the last two columns; each study is searched once."""
+    """Sums of the last two columns, of each study once."""
     if not pairs:
         return
-    hours = sum(_core_hours(repeat) for repeat, _ in pairs)
+    once = {repeat["name"]: (repeat, result) for repeat, result in reversed(pairs)}.values()
+    hours = sum(_on_two_cores(repeat, _core_hours(repeat)) for repeat, _ in once)
     yield (
         "Core-hours cover each run, from reading its data to its last evaluation; timing the steps comes on top. All "
-        f"repeats here took {hours:.1f}, so {hours / 2:.1f} hours on two cores."
+        f"these studies ({len(once)}) together take {hours:.1f} hours on two cores, no run being shared by both."
     )
-    once = {repeat["name"]: (repeat, result) for repeat, result in pairs}.values()
     for wanted, which in ((True, "the studies of the paper's tables"), (False, "those of questions beyond the paper")):
         if those := [pair for pair in once if of_the_paper(pair[1]) == wanted]:
-            hours = sum(_hours_with_search(*pair) for pair in those) / 2
+            hours = sum(_on_two_cores(pair[0], _hours_with_search(*pair)) for pair in those)
             yield (
-                f"With the search, {which} that are listed here ({len(those)}) would take about {hours:.1f} hours on "
+                f"With `--search`, {which} that are listed here ({len(those)}) would take about {hours:.1f} hours on "
                 "two cores, if it costs the same multiple as when they were tuned."
             )
 
@@ -207,6 +211,16 @@ def _identity(data: dict[str, Any]) -> Any:
 
 def _diverged(row: dict[str, Any]) -> str:
     return f"{sum(run['diverged'] is not None for run in row['runs'])} of {len(row['runs'])}"
+
+
+def _on_two_cores(repeat: dict[str, Any], core_hours: float) -> float:
+    """Hours with a run on each: not fewer than the longest run takes."""
+    longest = max(run["training_seconds"] for row in repeat["rows"] for run in row["runs"])
+    return max(core_hours / 2, longest / 3600)
+
+
+def _duration(hours: float) -> str:
+    return f"{60 * hours:.0f} min" if hours < 1 else f"{hours:.1f} h"
 
 
 def _seeds(result: dict[str, Any]) -> str:

@@ -150,7 +150,7 @@ def chosen_in(result: dict[str, Any], path: str | Path, overrides: Iterable[str]
         UserError: the recipe would not make it now.
     """
     if lines := strayed(result, path, overrides):
-        raise UserError(f"{path} does not make that result now ({'; '.join(lines)[:300]}): search anew")
+        raise UserError(f"{path} does not make that result now ({'; '.join(lines)[:300]}): tune its rows, --search")
     return {Cell(row["row"], Row(row["label"]), row["at"]).name: row["chosen"] for row in result["rows"]}
 
 

@@ -13,7 +13,7 @@ import typer
 from rezero_hf.benchmark_report import benchmark_card, benchmark_section
 from rezero_hf.cli import run
 from rezero_hf.errors import UserError
-from rezero_hf.repeats import original_of, read_repeats, repeat_name, repeated_said, repeats_section
+from rezero_hf.repeats import cost_said, original_of, read_repeats, repeat_name, repeated_said, repeats_section
 from rezero_hf.results import (
     collect,
     collect_result,
@@ -90,8 +90,11 @@ def main(
     for name, text in texts.items():
         said = [study_measured(result) for result in studies if result["name"] == name]
         said += [measured(records, name)] if any(record["name"] == name for record in records) else []
-        again = [repeated_said(*pair) for pair in pairs if pair[0]["name"] == name]
-        recipes[name].write_text(with_entries(text, {"Measured": said, "Repeated": again}), encoding="utf-8")
+        again = [pair for pair in pairs if pair[0]["name"] == name]
+        # What was not run again costs what its author has guessed.
+        entries = {"Cost": [cost_said(*again[0])]} if again else {}
+        entries |= {"Measured": said, "Repeated": [repeated_said(*pair) for pair in again]}
+        recipes[name].write_text(with_entries(text, entries), encoding="utf-8")
     sections = {
         "results": table(records),
         "studies": studies_section(studies, [name for name, text in texts.items() if "\nstudy:" in text]),

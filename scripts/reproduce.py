@@ -1,12 +1,13 @@
-"""Run a table of the paper: all its rows, each tuned alike, and seeds; then write the table and the figures.
+"""Run a table of the paper: all its rows and seeds; then write the table and the figures.
 
-python scripts/reproduce.py scripts/recipes/mlp_depth.yaml            # at the size of two CPU cores
-python scripts/reproduce.py scripts/recipes/mlp_depth.yaml --full     # at the paper's, where the recipe has one
-python scripts/reproduce.py scripts/recipes/mlp_depth.yaml --chosen model_cards/results/mlp_depth.json --seeds 3,4,5
+python scripts/reproduce.py scripts/recipes/mlp_depth.yaml                   # at the size of two CPU cores
+python scripts/reproduce.py scripts/recipes/mlp_depth.yaml --seeds 3,4,5     # others than those that tuned it
+python scripts/reproduce.py scripts/recipes/mlp_depth.yaml --search          # every row is tuned anew, all alike
+python scripts/reproduce.py scripts/recipes/mlp_depth.yaml --full            # at the paper's size
 
-What was stopped goes on with the same command: finished runs are kept. With `--chosen` nothing is searched: every row
-runs with what that result has chosen for it, and stands beside what it was there. `--seeds` replaces the recipe's
-seeds, the first of which was used for tuning.
+What was stopped goes on with the same command: finished runs are kept. Without `--search` every row runs with what the
+committed result has chosen for it (`model_cards/results`; or another, `--chosen`), and stands beside what it was there.
+A recipe of which no result is committed is searched.
 """
 
 import json
@@ -30,8 +31,11 @@ from rezero_hf.strict import check_names
 from rezero_hf.studies import run_study
 from rezero_hf.study_figures import draw
 from rezero_hf.study_plan import load_study
-from rezero_hf.study_results import chosen_in, read_result, summarise
+from rezero_hf.study_results import chosen_in, read_result, result_name, summarise
 from rezero_hf.study_tables import study_table
+
+
+COMMITTED = Path(__file__).parents[1] / "model_cards" / "results"
 
 
 def main(
@@ -44,22 +48,26 @@ def main(
     jobs: Annotated[int | None, typer.Option(min=1, help="runs at a time (default: the cores; 1 on a GPU)")] = None,
     full: Annotated[bool, typer.Option("--full", help="the paper's size")] = False,
     smoke: Annotated[bool, typer.Option("--smoke", help="every row for a few seconds")] = False,
+    search: Annotated[bool, typer.Option("--search", help="tune every row, whatever was chosen before")] = False,
     chosen: Annotated[
-        Path | None, typer.Option(help="a result of this recipe: search nothing, run what was chosen there")
+        Path | None, typer.Option(help="a result of this recipe, which has tuned its rows (default: the committed one)")
     ] = None,
-    seeds: Annotated[str | None, typer.Option(help="with --chosen: others than the recipe's, as 3,4,5")] = None,
+    seeds: Annotated[str | None, typer.Option(help="others than those that tuned the rows, as 3,4,5")] = None,
 ):
     if full and smoke:
         raise UserError("--full and --smoke are two sizes; choose one")
-    if smoke and chosen is not None:
-        raise UserError("--smoke searches next to nothing: leave out --smoke or --chosen")
-    if seeds is not None and chosen is None:
-        raise UserError("--seeds goes with --chosen; a search has those of the recipe, study.seeds")
+    if (smoke or search) and chosen is not None:
+        raise UserError(f"{'--smoke' if smoke else '--search'} tunes rows, --chosen takes them as tuned; choose one")
     size = "full" if full else "smoke" if smoke else "cpu"
     study = load_study(recipe, size)
     if only is not None:
         check_names([only], study.rows, f"{recipe}: --only: row")
     plan = load_recipe(recipe, overrides or (), smoke, full)
+    committed = COMMITTED / f"{result_name({'name': plan.name, 'size': size})}.json"
+    if chosen is None and not (smoke or search) and committed.exists():
+        chosen = committed
+    if seeds is not None and chosen is None:
+        raise UserError("--seeds takes others than those that tuned the rows: nothing has, or --search does it here")
     kinds = [plan.name, *([] if size == "cpu" else [size]), *([] if chosen is None else ["chosen"])]
     if seeds is not None:
         study = replace(study, seeds=other_seeds(seeds, study.seeds))
@@ -78,6 +86,7 @@ def main(
         file = output / "result.json"
         if file.exists() and is_searched(read_result(file, plan.name, size)):
             raise UserError(f"{output} holds the result of a search, which would be lost; choose another --output")
+        print(f"every row runs with what {chosen.name} has chosen; --search tunes them anew", flush=True)
     runs = run_study(recipe, study, output, **words)
     if only is not None:
         part = summarise(plan.name, size, study, runs)

@@ -33,7 +33,7 @@ NOT_RUN = {
     "srun bash": "needs Slurm; test_launching.py launches on this machine",
     "python -m rezero_hf serve": "needs a server's packages; `make integrations` serves, and runs the snippet below it",
     "python scripts/reproduce.py scripts/recipes/cifar_resnets.yaml --full": "hours of a GPU; test_studies.py loads it",
-    "python scripts/reproduce.py scripts/recipes/norm_free.yaml --chosen": "half an hour; test_experiments.py does it small",
+    "python scripts/reproduce.py scripts/recipes/norm_free.yaml --se": "hours; test_experiments.py does it small",
 }
 # What is replaced: names that the reader chooses, then what takes long.
 STAND_INS = {

@@ -325,15 +325,26 @@ def test_the_script_tunes_and_draws(recipe, tmp_path):
     assert len(list((tmp_path / "runs").rglob("run.json"))) == 6
     assert done.stdout.count("| rezero |") == 1
 
-    # Once more with what that chose: no other run, and the same numbers.
+    # Once more where that is committed, with what it chose: no other run, and the same numbers.
+    script = tmp_path / "scripts" / "reproduce.py"
+    committed = tmp_path / "model_cards" / "results" / f"{recipe.stem}.json"
+    for source, copy in ((ROOT / "scripts" / "reproduce.py", script), (tmp_path / "runs" / "result.json", committed)):
+        copy.parent.mkdir(parents=True)
+        shutil.copy(source, copy)
     words[1] = tmp_path / "again"
-    done = run_script(ROOT / "scripts" / "reproduce.py", recipe, *words, "--chosen", tmp_path / "runs" / "result.json")
+    done = run_script(script, recipe, *words)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.startswith(f"every row runs with what {committed.name} has chosen; --search tunes them anew\n")
     again = json.loads((tmp_path / "again" / "result.json").read_text())
     assert [row["chosen"] for row in again["rows"]] == [row["chosen"] for row in result["rows"]]
     assert len(list((tmp_path / "again").rglob("run.json"))) == 4
     assert done.stdout.count("| +0.0 |") == 2
     assert again["repeats"] == result["finished"] and again["core_seconds"] > 0
+    # To search all the same finds what was searched: every run is there.
+    done = run_script(script, recipe, *words[2:], "--output", tmp_path / "runs", "--search")
+    assert done.returncode == 0, done.stderr[-3000:]
+    searched = json.loads((tmp_path / "runs" / "result.json").read_text())
+    assert [row["tried"] for row in searched["rows"]] == [row["tried"] for row in result["rows"]]
     # Other seeds have their own folder; without a choice they would be another search.
     chosen = ("--chosen", tmp_path / "runs" / "result.json")
     done = run_script(ROOT / "scripts" / "reproduce.py", recipe, *words[2:], *chosen, "--seeds", "7", cwd=tmp_path)
@@ -342,6 +353,8 @@ def test_the_script_tunes_and_draws(recipe, tmp_path):
     assert [run["seed"] for row in other["rows"] for run in row["runs"]] == [7, 7]
     for wrong in (
         ["--seeds", "7"],
+        [*chosen, "--search"],
+        [*chosen, "--smoke"],
         [*chosen, "--seeds", "7,7"],
         [*chosen, "--seeds", "0"],
         [*chosen, "--seeds", "a"],

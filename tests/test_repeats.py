@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from rezero_hf.errors import UserError
-from rezero_hf.repeats import original_of, read_repeats, repeat_name, repeated_said, repeats_section
+from rezero_hf.repeats import cost_said, original_of, read_repeats, repeat_name, repeated_said, repeats_section
 from rezero_hf.results import committed
 from rezero_hf.study_plan import Row, Study
 from rezero_hf.study_results import summarise
@@ -54,16 +54,22 @@ def test_each_study_stands_beside_what_it_was():
         f"means differ by 0.075 bits per byte in the median, most in {ours}; the same order; too fast: 2 of 2 → 1 of 2 diverged",
         *("0, 1 → 3, 4", "a machine (2 cores) → a machine (2 cores)", "1.50", "3.00 |"),
     ]
-    assert "All repeats here took 1.5, so 0.8 hours on two cores." in section
+    assert "All these studies (1) together take 0.8 hours on two cores, no run" in section
     assert "those of questions beyond the paper that are listed here (1) would take about 1.5 hours" in section
     assert section.endswith("No repeat is kept of `other`.")
-    assert repeated_said(NOW, THEN) == f"with --chosen and seeds 3, 4: {ours}; 1.50 core-hours, a machine (2 cores)"
+    assert repeated_said(NOW, THEN) == f"{ours} with seeds 3, 4"
+    # Nothing was tuned, or something.
+    assert cost_said(NOW, then) == "45 min on two cores (a machine (2 cores))"
+    then["rows"] = [{**row, "chosen": {"training.learning_rate": 1.0}} for row in then["rows"]]
+    assert cost_said(NOW, then).endswith("cores)); with --search about 1.5 h")
     # The best of all now and then, but for what diverges now and then.
     other = {**NOW, "rows": result({"plain": (1.0, 1.1), "rezero": (1.1, 1.3), "wild": (None, 0.5)})["rows"]}
     assert "; **another order**; " in repeats_section([(other, then)], [])
-    # Two repeats of one study have two costs, and one search.
-    again = repeats_section([(NOW, then), (NOW, then)], ["demo"])
-    assert "All repeats here took 3.0," in again and "listed here (1) would take about 1.5 hours" in again
+    # A study counts once, and takes as long as its longest run.
+    long = {**NOW, "rows": [{**row, "runs": [dict(run) for run in row["runs"]]} for row in NOW["rows"]]}
+    long["rows"][0]["runs"][0]["training_seconds"] = 2 * 3600.0
+    again = repeats_section([(long, then), (NOW, then)], ["demo"])
+    assert "studies (1) together take 2.0 hours" in again and "listed here (1) would take about 2.0 hours" in again
 
 
 def test_accuracy_is_shown_as_error_and_signals_are_not_held_by_where_training_ends():
@@ -96,8 +102,7 @@ def test_what_repeats_something_else_is_refused(change, message):
     found = {word: value for word, value in {**NOW, **change}.items() if value is not None}
     with pytest.raises(UserError, match=f"this repeat of demo {message}") as caught:
         original_of(found, [THEN])
-    command = "python scripts/reproduce.py scripts/recipes/demo.yaml --chosen model_cards/results/demo.json"
-    assert str(caught.value).endswith(command)
+    assert str(caught.value).endswith("Run: python scripts/reproduce.py scripts/recipes/demo.yaml")
 
 
 @pytest.mark.parametrize("change", [{"size": "full"}, {"device": ["NVIDIA H200"]}])
