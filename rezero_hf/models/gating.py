@@ -42,7 +42,7 @@ class Branch:
         return _as_products_take(self(x, project=False))
 
     def takes_gate(self, x: torch.Tensor) -> bool:
-        """Whether `last` may take the gate for this input, and is no slower with it.
+        """Whether `last` may take the gate for this input, which is large enough for that to pay (`LEAST_VALUES`).
 
         It has to be what it seems, a Linear whose own forward would be called with nothing around it: not sharded,
         quantised, adapted, offloaded or watched. Compilers fuse the plain form better.
