@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -30,13 +30,29 @@ def is_searched(result: dict[str, Any]) -> bool:
 
 
 def repeated_table(here: dict[str, Any], there: dict[str, Any]) -> str:
-    """Each row of a result beside the same of another that had its words already, and by how much its mean differs."""
+    """Each row of a result beside the same of another that had its words already, and by how much its mean differs;
+    of a study about signals, how these travel.
+    """
+    if about_signals(here):
+        lines = [[row_label(row), ending(there, then), ending(here, row)] for row, then, _ in _rows(here, there)]
+        return markdown_table(("row", "then", "now"), lines)
     lines = []
     for row, then, difference in _rows(here, there):
         ends = [values(one["runs"], "value", here["metric"]) for one in (then, row)]
         told = f"{difference:+.{DIGITS[here['metric']]}f}" if math.isfinite(difference) else ""
         lines.append([row_label(row), *ends, told])
-    return markdown_table(("row", "there", f"here ({UNITS[here['metric']]})", "difference"), lines)
+    return markdown_table(("row", "then", f"now ({UNITS[here['metric']]})", "difference"), lines)
+
+
+def unlike(here: dict[str, Any], there: dict[str, Any], changed: Iterable[str] = ()) -> str:
+    """What a result differs in from the other one, so that their numbers need not agree; empty if in nothing.
+
+    Args:
+        here, there: `summarise`'s.
+        changed: words that were said over the recipe, `section.key: OLD -> NEW`.
+    """
+    data = ["the data, for example another Python's standard library or other copies of images"]
+    return "; ".join([*(data if _identity(here["data"]) != _identity(there["data"]) else []), *changed])
 
 
 def can_be_kept(repeat: dict[str, Any]) -> bool:
@@ -59,8 +75,8 @@ def original_of(repeat: dict[str, Any], results: Iterable[dict[str, Any]]) -> di
         wrong = "is not of the result that is committed"
     elif _places(repeat).keys() != _places(result).keys():
         wrong = "has other rows than the committed result"
-    elif _identity(repeat["data"]) != _identity(result["data"]):
-        wrong = "had other data, for example another Python's standard library"
+    elif differs := unlike(repeat, result, repeat.get("changed", ())):
+        wrong = f"differs in {differs}"
     elif "core_seconds" not in repeat:
         wrong = "has runs of unknown time (old, resumed, or with more --jobs than cores): delete these"
     if wrong is not None:
@@ -79,17 +95,21 @@ def read_repeats(folder: str | Path) -> dict[Path, dict[str, Any]]:
     return {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(folder).glob("*.json"))}
 
 
-def repeats_section(pairs: Iterable[Pair], recipes: Collection[str]) -> str:
+def repeats_section(pairs: Iterable[Pair], results: Iterable[dict[str, Any]]) -> str:
     """What the guide shows of all studies that were run again: a line each, and what they took together.
 
     Args:
         pairs: what is committed.
-        recipes: names of all studies that have a result of the size of two CPU cores.
+        results: of all studies, at the default size.
     """
     pairs = list(pairs)
     parts = [markdown_table(HEADER, [_line(*pair) for pair in pairs]), *_together(pairs)]
-    if missing := sorted({*recipes} - {repeat["name"] for repeat, _ in pairs}):
-        parts.append(f"No repeat is kept of {join([f'`{name}`' for name in missing])}.")
+    again = {repeat["name"] for repeat, _ in pairs}
+    missing = [result for result in results if result["name"] not in again]
+    for on_cpus, why in ((True, "so far"), (False, "which are for a GPU: their headers say what they cost")):
+        those = [result for result in missing if all(map(is_processor, result["device"])) == on_cpus]
+        if names := sorted(f"`{result['name']}`" for result in those):
+            parts.append(f"No repeat is kept of {join(names)}{' ' if on_cpus else ', '}{why}.")
     return "\n\n".join(part for part in parts if part)
 
 
@@ -215,7 +235,8 @@ def _diverged(row: dict[str, Any]) -> str:
 
 def _on_two_cores(repeat: dict[str, Any], core_hours: float) -> float:
     """Hours with a run on each: not fewer than the longest run takes."""
-    longest = max(run["training_seconds"] for row in repeat["rows"] for run in row["runs"])
+    runs = [run for row in repeat["rows"] for run in row["runs"]]
+    longest = max(run.get("wall_seconds") or run["training_seconds"] for run in runs)
     return max(core_hours / 2, longest / 3600)
 
 

@@ -13,8 +13,11 @@ from .study_results import cost, measured, places, result_name, tuned
 from .study_tables import aim, baseline_of, diverged, reach, shown, spectrum, speed_up, values, with_unit
 
 
-OF_THE_PAPER = ("paper", "recipe", "reported for ReZero", "ReZero here", "compared with", "seeds, device", "figure")
-BEYOND = ("question", "recipe", "our row", "the paper's ReZero", "compared with", "seeds, device", "figure")
+OF_THE_PAPER = (
+    *("paper", "recipe", "reported for ReZero (not checked)", "ReZero here", "compared with"),
+    *("size of ours, seeds, device", "figure"),
+)
+BEYOND = ("question", "recipe", "our row", "the paper's ReZero", "compared with", OF_THE_PAPER[-2], "figure")
 SIGNALS = (
     "chi is the mean squared singular value of the input-output Jacobian: 1 if signals pass unchanged, though a chi "
     "near 1 alone does not show that they do: each page has what is lost."
@@ -62,6 +65,7 @@ def _line(result: dict[str, Any]) -> list[str]:
         ", ".join(
             [
                 *(["full size"] if result["size"] == "full" else []),
+                _extent(ours),
                 f"{seeds} seed{'s' if seeds > 1 else ''}",
                 "; ".join(result["device"]),
                 *lossy(result["data"]),
@@ -70,6 +74,12 @@ def _line(result: dict[str, Any]) -> list[str]:
         ),
         f"[{figure}]({page}/figures/{figure}.png)",
     ]
+
+
+def _extent(row: dict[str, Any]) -> str:
+    """How large a row's model is and how long it trains."""
+    run = row["runs"][0]
+    return f"{run['parameters'] / 1e6:.3g} M parameters, {max(run['steps'] for run in row['runs']):,} steps"
 
 
 def of_the_paper(result: dict[str, Any]) -> bool:

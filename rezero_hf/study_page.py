@@ -94,8 +94,10 @@ def study_card(result: dict[str, Any], figures: Iterable[str]) -> str:
     figures = sorted(figures, key=lambda name: [int(part) if part.isdigit() else part for part in NUMBER.split(name)])
     versions = ["; ".join(f"{package} {version}" for package, version in found.items()) for found in result["versions"]]
     commits = [commit_name(git) for git in result["git"] if git]
+    # Those of before it had to be said searched, too.
+    search = "" if "--search" in result["command"] else " --search"
     facts = {
-        "command": f"`{result['command']}`",
+        "command": f"`{result['command']}{search}`",
         "size": {"cpu": "small (the default)"}.get(result["size"], result["size"]),
         "data": _data(result["data"]),
         "seeds": ", ".join(map(str, result["seeds"])),

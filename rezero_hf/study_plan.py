@@ -157,7 +157,8 @@ def load_study(path: str | Path, size: str = "cpu") -> Study:
 
     Args:
         path: the recipe.
-        size: `cpu`, or `smoke` or `full`, whose sections may set words of the study as `study.WORD`.
+        size: `cpu`, or `smoke` or `full`, whose sections may set words of the study as `study.WORD`, and of its rows as
+            `study.rows.NAME.WORD`.
 
     Raises:
         RecipeError: there is none, or it says something that cannot be.
@@ -169,12 +170,10 @@ def load_study(path: str | Path, size: str = "cpu") -> Study:
         raise RecipeError(f"{path}: is one run (scripts/pretrain.py), not a study: it has no section study with rows.")
     for other in SIZES:
         # Looked at in any case, so that a typo shows whichever size is asked for.
-        if not isinstance(document.get(other) or {}, dict):
-            raise RecipeError(f"{path}: section {other} is not a mapping of keys to values.")
-        of_study = {str(key): value for key, value in (document.get(other) or {}).items()}
-        sized = {key.removeprefix("study."): v for key, v in of_study.items() if key.startswith("study.")}
-        checked(sized, Study, f"{path}: {other}.study")
+        sized, of_rows = _words_of(document, other, path)
         section |= sized if other == size else {}
+        for name, words in of_rows.items() if other == size else ():
+            section["rows"][name] = (section["rows"][name] or {}) | words
     rows = {name: made(Row, spec or {}, f"{path}: study.rows.{name}") for name, spec in section["rows"].items()}
     study = made(Study, {**section, "rows": rows}, f"{path}: study")
     tuned = [*study.search.items(), *itertools.chain(*(row.search.items() for row in rows.values()))]
@@ -227,6 +226,23 @@ def load_study(path: str | Path, size: str = "cpu") -> Study:
         for overrides in (cell.overrides({}), cell.first({})):
             load_recipe(path, overrides or ())
     return study
+
+
+def _words_of(document: dict[str, Any], size: str, path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """What the section of a size says of the study, and of rows of it."""
+    if not isinstance(document.get(size) or {}, dict):
+        raise RecipeError(f"{path}: section {size} is not a mapping of keys to values.")
+    words = {str(key): value for key, value in (document.get(size) or {}).items()}
+    said = {key.removeprefix("study."): value for key, value in words.items() if key.startswith("study.")}
+    of_rows: dict[str, dict[str, Any]] = {}
+    for key in [key for key in said if key.startswith("rows.")]:
+        name, _, word = key.removeprefix("rows.").partition(".")
+        check_names([name], document["study"]["rows"], f"{path}: {size}.study.rows: row")
+        of_rows.setdefault(name, {})[word] = said.pop(key)
+    for name, row in of_rows.items():
+        checked(row, Row, f"{path}: {size}.study.rows.{name}")
+    checked(said, Study, f"{path}: {size}.study")
+    return said, of_rows
 
 
 def overrides_of(words: dict[str, Any]) -> list[str]:

@@ -138,19 +138,20 @@ def read_result(file: str | Path, name: str, size: str) -> dict[str, Any]:
     return result
 
 
-def chosen_in(result: dict[str, Any], path: str | Path, overrides: Iterable[str] = ()) -> dict[str, dict[str, Any]]:
+def chosen_in(result: dict[str, Any], path: str | Path) -> dict[str, dict[str, Any]]:
     """What each cell of a recipe's study was tuned to in a result, by the cell's name.
 
     Args:
         result: `summarise`'s, of all rows.
         path: of the recipe.
-        overrides: `section.key=value` over it, for all runs.
 
     Raises:
         UserError: the recipe would not make it now.
     """
-    if lines := strayed(result, path, overrides):
-        raise UserError(f"{path} does not make that result now ({'; '.join(lines)[:300]}): tune its rows, --search")
+    if lines := strayed(result, path):
+        raise UserError(
+            f"{path} has changed since its rows were tuned ({'; '.join(lines)[:300]}): tune them anew with --search"
+        )
     return {Cell(row["row"], Row(row["label"]), row["at"]).name: row["chosen"] for row in result["rows"]}
 
 
@@ -179,7 +180,7 @@ def _row(study: Study, cell: Cell, runs: list[dict[str, Any]]) -> dict[str, Any]
             # Below no warm-up there is nothing.
             inside[key] = (values[0] < value or value == 0) and value < values[-1]
     kept = ("seed", "parameters", "steps", "flops", "training_seconds", "peak_memory_bytes", "diverged", "curve")
-    kept += ("signal", "gates_off", "threads")
+    kept += ("signal", "gates_off", "threads", "wall_seconds")
     return {
         "row": cell.row,
         "label": cell.spec.label,

@@ -1,5 +1,6 @@
 """The table of a study, made from its result alone. Diverged runs are shown as such."""
 
+import json
 import math
 from statistics import fmean, median, stdev
 from typing import Any
@@ -103,7 +104,7 @@ def with_unit(text: str, metric: str) -> str:
 
 def aim(row: dict[str, Any], metric: str) -> str:
     """A row's target."""
-    return f"{as_shown(row['target'], metric):.3g}{' %' if metric == 'accuracy' else ''}"
+    return f"{as_shown(row['target'], metric):.3g}{' % error' if metric == 'accuracy' else ''}"
 
 
 def diverged(runs: list[dict[str, Any]]) -> str:
@@ -151,7 +152,8 @@ def _chosen(row: dict[str, Any]) -> str:
     edge = [key for key, inside in row["inside"].items() if not inside]
     shown = {key: f"{value:g}" if isinstance(value, float) else value for key, value in row["chosen"].items()}
     words = [f"{short(key)} {value}{' (edge)' if key in edge else ''}" for key, value in shown.items()]
-    return ", ".join(words)
+    settings = {json.dumps(run["set"], sort_keys=True) for run in row["tried"]}
+    return f"{', '.join(words)}; of {len(settings)} settings" if words else ""
 
 
 def spread(values: list[float], form: str) -> str:

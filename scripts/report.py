@@ -102,7 +102,7 @@ def main(
         "integrations": integrations_section(integrations),
     }
     write_sections(Path("README.md"), sections)
-    ours = [result["name"] for result in studies if result["size"] == "cpu"]
+    ours = [result for result in studies if result["size"] == "cpu"]
     write_sections(Path("docs/reproducing.md"), {"repeats": repeats_section(pairs, ours)})
 
 

@@ -14,7 +14,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -24,14 +24,14 @@ from rezero_hf.cli import numbers, run
 from rezero_hf.durable import write_whole
 from rezero_hf.errors import UserError
 from rezero_hf.recipe import load_recipe
-from rezero_hf.repeats import can_be_kept, is_searched, repeated_table
+from rezero_hf.repeats import can_be_kept, is_searched, repeated_table, unlike
 from rezero_hf.runs import cores
 from rezero_hf.step_times import step_times
 from rezero_hf.strict import check_names
 from rezero_hf.studies import run_study
 from rezero_hf.study_figures import draw
-from rezero_hf.study_plan import load_study
-from rezero_hf.study_results import chosen_in, read_result, result_name, summarise
+from rezero_hf.study_plan import Study, load_study
+from rezero_hf.study_results import chosen_in, read_result, result_name, strayed, summarise
 from rezero_hf.study_tables import study_table
 
 
@@ -81,16 +81,17 @@ def main(
     if chosen is not None:
         there = read_result(chosen, plan.name, size)
         if not is_searched(there):
-            raise UserError(f"{chosen} is itself of a run with --chosen; give the result that chose")
-        words["chosen"] = chosen_in(there, recipe, words["overrides"])
+            raise UserError(f"{chosen} ran with what another result had chosen; give that one")
+        words["chosen"] = chosen_in(there, recipe)
         file = output / "result.json"
         if file.exists() and is_searched(read_result(file, plan.name, size)):
             raise UserError(f"{output} holds the result of a search, which would be lost; choose another --output")
-        print(f"every row runs with what {chosen.name} has chosen; --search tunes them anew", flush=True)
+    print(how_tuned(study, there, smoke or search), flush=True)
+    changed = strayed(there, recipe, words["overrides"]) if there else []
     runs = run_study(recipe, study, output, **words)
     if only is not None:
         part = summarise(plan.name, size, study, runs)
-        print(study_table(part) if there is None else repeated_table(part, there))
+        print(study_table(part) if there is None else beside(part, there, changed))
         return
     times = None
     if study.baseline is not None:
@@ -102,19 +103,33 @@ def main(
     print(study_table(result))
     if there is not None:
         # Which one: a study that is searched anew has another.
-        result["repeats"] = there["finished"]
+        result |= {"repeats": there["finished"], "changed": changed}
         if jobs > cores():
             # Runs that wait for each other have no time of their own.
             result.pop("core_seconds", None)
-        print(f"\n{repeated_table(result, there)}")
+        print(f"\n{beside(result, there, changed)}")
     # The result comes last, and is there only with all that belongs to it.
     (output / "result.json").unlink(missing_ok=True)
     shutil.rmtree(output / "figures", ignore_errors=True)
     for picture in draw(result, output / "figures"):
         print(picture)
     write_whole(output / "result.json", json.dumps(result, indent=1) + "\n")
-    if not smoke and (there is None or can_be_kept(result)):
+    if not smoke and (there is None or (can_be_kept(result) and not unlike(result, there, changed))):
         print(f"commit it with: python scripts/report.py {output}")
+
+
+def how_tuned(study: Study, there: dict[str, Any] | None, search: bool) -> str:
+    if not any(study.tuned(cell) for cell in study.cells()):
+        return "no row of this study is tuned"
+    if there is not None:
+        return f"every row runs with what the result of {there['finished'][:10]} has chosen; --search tunes them anew"
+    return "every row is tuned" if search else "no committed result of this recipe in this size: every row is tuned"
+
+
+def beside(here: dict[str, Any], there: dict[str, Any], changed: list[str]) -> str:
+    differs = unlike(here, there, changed)
+    remark = f"Now and then differ in {differs}.\n\n" if differs else ""
+    return remark + repeated_table(here, there)
 
 
 def other_seeds(text: str, known: list[int]) -> list[int]:

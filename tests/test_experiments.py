@@ -334,7 +334,8 @@ def test_the_script_tunes_and_draws(recipe, tmp_path):
     words[1] = tmp_path / "again"
     done = run_script(script, recipe, *words)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.startswith(f"every row runs with what {committed.name} has chosen; --search tunes them anew\n")
+    chosen = f"every row runs with what the result of {result['finished'][:10]} has chosen; --search tunes them anew\n"
+    assert done.stdout.startswith(chosen)
     again = json.loads((tmp_path / "again" / "result.json").read_text())
     assert [row["chosen"] for row in again["rows"]] == [row["chosen"] for row in result["rows"]]
     assert len(list((tmp_path / "again").rglob("run.json"))) == 4

@@ -46,7 +46,8 @@ def test_each_study_stands_beside_what_it_was():
     """What it is about, how far means have moved, who diverges now; and hours, of all runs and threads."""
     # As long again was searched for what was chosen.
     then = {**THEN, "training_seconds": 2 * THEN["training_seconds"]}
-    section = repeats_section([(NOW, then)], ["demo", "other"])
+    other, gpu = {**THEN, "name": "other"}, {**THEN, "name": "large", "device": ["NVIDIA H200"]}
+    section = repeats_section([(NOW, then)], [THEN, other, gpu])
     ours = "ReZero: 1.100 ± 0.141 bits per byte → 1.200 ± 0.141 bits per byte"
     assert section.splitlines()[2].split(" | ")[1:] == [
         ours,
@@ -56,19 +57,20 @@ def test_each_study_stands_beside_what_it_was():
     ]
     assert "All these studies (1) together take 0.8 hours on two cores, no run" in section
     assert "those of questions beyond the paper that are listed here (1) would take about 1.5 hours" in section
-    assert section.endswith("No repeat is kept of `other`.")
+    assert "No repeat is kept of `other` so far." in section
+    assert section.endswith("No repeat is kept of `large`, which are for a GPU: their headers say what they cost.")
     assert repeated_said(NOW, THEN) == f"{ours} with seeds 3, 4"
     # Nothing was tuned, or something.
     assert cost_said(NOW, then) == "45 min on two cores (a machine (2 cores))"
     then["rows"] = [{**row, "chosen": {"training.learning_rate": 1.0}} for row in then["rows"]]
     assert cost_said(NOW, then).endswith("cores)); with --search about 1.5 h")
     # The best of all now and then, but for what diverges now and then.
-    other = {**NOW, "rows": result({"plain": (1.0, 1.1), "rezero": (1.1, 1.3), "wild": (None, 0.5)})["rows"]}
-    assert "; **another order**; " in repeats_section([(other, then)], [])
+    swapped = {**NOW, "rows": result({"plain": (1.0, 1.1), "rezero": (1.1, 1.3), "wild": (None, 0.5)})["rows"]}
+    assert "; **another order**; " in repeats_section([(swapped, then)], [])
     # A study counts once, and takes as long as its longest run.
     long = {**NOW, "rows": [{**row, "runs": [dict(run) for run in row["runs"]]} for row in NOW["rows"]]}
-    long["rows"][0]["runs"][0]["training_seconds"] = 2 * 3600.0
-    again = repeats_section([(long, then), (NOW, then)], ["demo"])
+    long["rows"][0]["runs"][0]["wall_seconds"] = 2 * 3600.0
+    again = repeats_section([(long, then), (NOW, then)], [THEN])
     assert "studies (1) together take 2.0 hours" in again and "listed here (1) would take about 2.0 hours" in again
 
 
@@ -91,8 +93,9 @@ def test_accuracy_is_shown_as_error_and_signals_are_not_held_by_where_training_e
     [
         ({"repeats": "2026-02-02T00:00:00+00:00"}, "is not of the result that is committed"),
         ({"rows": THEN["rows"][:2]}, "has other rows"),
-        ({"data": {"fingerprint": "of another text"}}, "had other data"),
-        ({"data": {"stored": "hashes of other images"}}, "had other data"),
+        ({"data": {"fingerprint": "of another text"}}, "differs in the data"),
+        ({"data": {"stored": "hashes of other images"}}, "differs in the data"),
+        ({"changed": ["training.max_steps: 5 -> 1"]}, "differs in training.max_steps: 5 -> 1"),
         ({"core_seconds": None}, "has runs of unknown time"),
     ],
 )
