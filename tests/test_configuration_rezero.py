@@ -8,6 +8,7 @@ import pytest
 from huggingface_hub.errors import StrictDataclassError
 
 from rezero_hf import ReZeroConfig
+from rezero_hf.recipe import load_recipe
 from rezero_hf.study_plan import load_study
 
 
@@ -108,16 +109,18 @@ def test_the_papers_sizes(layers, sizes):
     assert (other.hidden_dropout, other.residual, other.attention_dropout) == (0.0, "post_norm", 0.2)
 
 
-@pytest.mark.parametrize(("layers", "study"), [(12, "norm_free"), (48, "norm_free_deep")])
-def test_the_bounded_form_is_the_one_that_was_measured(layers, study):
-    """`bounded()` says what the row of the study at its depth says, and any field can be said over it."""
-    measured = load_study(ROOT / "scripts" / "recipes" / f"{study}.yaml")
+@pytest.mark.parametrize("study", ["norm_free", "norm_free_deep", "norm_free_256"])
+def test_the_bounded_form_is_the_one_that_was_measured(study):
+    """`bounded()` says what the row of the study of its size says, and any field can be said over it."""
+    recipe = ROOT / "scripts" / "recipes" / f"{study}.yaml"
+    size, measured = load_recipe(recipe).model, load_study(recipe)
     words = measured.rows[measured.ours].set
-    config = ReZeroConfig.bounded(layers)
+    layers, width = size["num_hidden_layers"], size["hidden_size"]
+    config = ReZeroConfig.bounded(layers, hidden_size=width, num_attention_heads=1)
     measured = {key.removeprefix("model."): value for key, value in words.items() if key.startswith("model.")}
     assert {name: getattr(config, name) for name in measured} == measured
-    assert config.num_hidden_layers == layers
-    assert ReZeroConfig.bounded(24).gate_init == 0.125 and ReZeroConfig.bounded(2).gate_init == 0.5
+    assert (config.num_hidden_layers, config.hidden_size) == (layers, width)
+    assert ReZeroConfig.bounded(24, hidden_size=64).gate_init == 0.125 and ReZeroConfig.bounded(2).gate_init == 0.5
     assert ReZeroConfig.bounded(layers, gate_init=0.1, hidden_size=64).gate_init == 0.1
 
 

@@ -281,32 +281,35 @@ class ReZeroConfig(PreTrainedConfig):
         """The norm-free form that held against tuned pre-norm: bounded branch inputs, F from 0, alpha held open.
 
         `x + alpha * F(2 tanh(x / 2))` with output matrices that start at 0, so a new network is the identity though
-        alpha is not 0: 3 / layers, and never above 0.5. 12 and 48 layers are the depths that were measured. Train it
-        with `training.gate_lr_multiplier: 0.0` (gates held) or 0.1, and Muon.
+        alpha is not 0: 3 / layers, in proportion more above width 128, and never above 0.5. 12 and 48 layers of width
+        96 and 12 of width 256 are what was measured. Train it with `training.gate_lr_multiplier: 0.0` (gates held) or
+        0.1, Muon, and no warm-up.
 
         At 12 layers, width 96 and 500 steps on bytes it ends at 1.927 +- 0.003 bits per byte, pre-norm with RMSNorm at
         1.938 +- 0.004, with LayerNorm at 1.943 +- 0.006 (three seeds, every row at its own best rates), ahead in the
         mean at every evaluation and with every seed from step 100 on; pre-norm with the same constant on its branches
-        ends at 1.971 +- 0.008 and is ahead before step 150. With alpha at 0.5 it ends at 1.922 +- 0.005 and begins
-        behind (model_cards/norm_free). At 48 layers and 200 steps it ends, without a warm-up, at 2.206 +- 0.011,
-        pre-norm at 2.447 +- 0.021 and 2.453 +- 0.017, ahead at every evaluation with every seed, and pre-norm with the
-        same constant on its branches at 2.270 +- 0.006, ahead of that from step 75 on (model_cards/norm_free_deep). How
-        it was found: model_cards/LOG.md.
+        ends at 1.971 +- 0.008 and is ahead before step 150. With alpha at 0.5 it begins behind and ends at 1.922 +-
+        0.005, ahead of 0.25 with six of six seeds (model_cards/norm_free and its repeat). At 48 layers and 200 steps it
+        ends, without a warm-up, at 2.206 +- 0.011, pre-norm at 2.447 +- 0.021 and 2.453 +- 0.017, ahead at every
+        evaluation with every seed, and pre-norm with the same constant on its branches at 2.270 +- 0.006, ahead of that
+        from step 75 on (model_cards/norm_free_deep). How it was found: model_cards/LOG.md.
 
-        Those are of width 96. A wider net wants `gate_init=0.5` at 12 layers: at width 256 and 400 steps of Muon it
-        ends at 1.742 +- 0.025, pre-norm (RMSNorm) at 1.759 +- 0.037 (section 29 there; three seeds, rates not searched
-        for it). With 0.25, at 800 steps, it ends at 1.631 +- 0.061, pre-norm at 1.561 +- 0.036 and ahead at every
-        evaluation (model_cards/norm_free_wide). At 512 with AdamW, 500 steps and 0.25 it is ahead until the middle and
-        ends at 1.592 +- 0.024, pre-norm at 1.552 +- 0.004 (model_cards/lm12_wide).
+        Those are of width 96. At width 256, 400 steps and no warm-up it ends with 0.5 at 1.744 +- 0.026, pre-norm with
+        LayerNorm at 1.759 +- 0.040, with RMSNorm at 1.764 +- 0.039, behind both before step 100; 0.25 wants twice the
+        rate, is behind from step 125 on and ends at 1.752 +- 0.017 (model_cards/norm_free_256). Over 800 steps, of
+        another text and with a warm-up in every row, 0.25 ends at 1.631 +- 0.061 and pre-norm, ahead at every
+        evaluation, at 1.561 +- 0.036 (model_cards/norm_free_wide). At 512 with AdamW, 500 steps and 0.25 it is ahead
+        until the middle and ends at 1.592 +- 0.024, pre-norm at 1.552 +- 0.004 (model_cards/lm12_wide).
 
         Args:
             num_hidden_layers: depth.
             kwargs: any field, over these values.
         """
+        width = kwargs.get("hidden_size", cls.hidden_size)
         words = {
             "num_hidden_layers": num_hidden_layers,
             "residual": "rezero_tanh",
-            "gate_init": min(0.5, 3 / max(num_hidden_layers, 1)),
+            "gate_init": min(0.5, 3 / max(num_hidden_layers, 1) * max(1, width / 128)),
             "output_init_scale": 0.0,
         }
         return cls(**{**words, **kwargs})
