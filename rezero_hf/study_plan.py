@@ -168,13 +168,12 @@ def load_study(path: str | Path, size: str = "cpu") -> Study:
     section = document.get("study")
     if not isinstance(section, dict) or not isinstance(section.get("rows"), dict):
         raise RecipeError(f"{path}: is one run (scripts/pretrain.py), not a study: it has no section study with rows.")
-    for other in SIZES:
-        # Looked at in any case, so that a typo shows whichever size is asked for.
-        sized, of_rows = _words_of(document, other, path)
-        section |= sized if other == size else {}
-        for name, words in of_rows.items() if other == size else ():
-            section["rows"][name] = (section["rows"][name] or {}) | words
+    # Looked at in any case, so that a typo shows whichever size is asked for.
+    sized = {other: _words_of(document, other, path) for other in SIZES}
+    of_study, of_rows = sized.get(size, ({}, {}))
+    section |= of_study
     rows = {name: made(Row, spec or {}, f"{path}: study.rows.{name}") for name, spec in section["rows"].items()}
+    rows = {name: replace(row, **of_rows.get(name, {})) for name, row in rows.items()}
     study = made(Study, {**section, "rows": rows}, f"{path}: study")
     tuned = [*study.search.items(), *itertools.chain(*(row.search.items() for row in rows.values()))]
     for word, found in [("rows", rows), ("seeds", study.seeds), *study.across.items(), *tuned]:
@@ -239,10 +238,8 @@ def _words_of(document: dict[str, Any], size: str, path: Path) -> tuple[dict[str
         name, _, word = key.removeprefix("rows.").partition(".")
         check_names([name], document["study"]["rows"], f"{path}: {size}.study.rows: row")
         of_rows.setdefault(name, {})[word] = said.pop(key)
-    for name, row in of_rows.items():
-        checked(row, Row, f"{path}: {size}.study.rows.{name}")
     checked(said, Study, f"{path}: {size}.study")
-    return said, of_rows
+    return said, {name: checked(row, Row, f"{path}: {size}.study.rows.{name}") for name, row in of_rows.items()}
 
 
 def overrides_of(words: dict[str, Any]) -> list[str]:

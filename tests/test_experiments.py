@@ -346,6 +346,11 @@ def test_the_script_tunes_and_draws(recipe, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     searched = json.loads((tmp_path / "runs" / "result.json").read_text())
     assert [row["tried"] for row in searched["rows"]] == [row["tried"] for row in result["rows"]]
+    # Other words are run with what was chosen, and named; the command that would commit that is not offered.
+    shorter = ("training.max_steps=4", "--only", "rezero", "--output", tmp_path / "shorter")
+    done = run_script(script, recipe, *words[2:], *shorter)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Now and then differ in training.max_steps: 6 -> 4.\n" in done.stdout and "report.py" not in done.stdout
     # Other seeds have their own folder; without a choice they would be another search.
     chosen = ("--chosen", tmp_path / "runs" / "result.json")
     done = run_script(ROOT / "scripts" / "reproduce.py", recipe, *words[2:], *chosen, "--seeds", "7", cwd=tmp_path)
