@@ -1,6 +1,7 @@
 """Pictures of signal propagation, drawn from records of `diagnostics.signal_record` and from a `ToyLandscape`."""
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def norm_curves(records: Mapping[str, dict], path: str | Path) -> Path:
         # Dashed and on top, because in a perfect network one line hides the other.
         axes.plot(np.arange(len(stream)), stream, color=BLUE, linewidth=2.4, label="stream")
         axes.plot(np.arange(len(gradient)), gradient, color=VERMILION, linewidth=1.8, linestyle="--", label="gradient")
-        axes.set_title(title)
+        axes.set_title(_wrapped(title, 20))
         axes.grid(axis="y", color="#EEEEEE", linewidth=0.8)
         axes.set_axisbelow(True)
         axes.xaxis.get_major_locator().set_params(integer=True, nbins=5)
@@ -92,7 +93,7 @@ def singular_value_histograms(records: Mapping[str, Mapping[int, dict]], path: s
             if row == 0 and depth:
                 axes.set_title(f"{depth} layers")
             if column == 0:
-                axes.set_ylabel(form, rotation=0, ha="right", va="center")
+                axes.set_ylabel(_wrapped(form, 18), rotation=0, ha="right", va="center")
             if depth in of_depth:
                 _histogram(axes, of_depth[depth]["jacobian"], f"{form}, {depth} layers")
             else:
@@ -169,6 +170,11 @@ def _grid(count: int, height: float):
     for above in panels[count - columns : count]:
         above.tick_params(labelbottom=True)
     return figure, panels[:count]
+
+
+def _wrapped(name: str, width: int) -> str:
+    """A network's name in lines that leave its panel, or the panels beside it, their room."""
+    return textwrap.fill(name, width, break_long_words=False, break_on_hyphens=False)
 
 
 def _relative(values: Sequence[float | None], to: int) -> np.ndarray:
