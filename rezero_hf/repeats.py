@@ -151,7 +151,7 @@ def _together(pairs: list[Pair]) -> Iterator[str]:
     hours = sum(_on_two_cores(repeat, _core_hours(repeat)) for repeat, _ in once)
     yield (
         "Core-hours cover each run, from reading its data to its last evaluation; timing the steps comes on top. All "
-        f"these studies ({len(once)}) together take {hours:.1f} hours on two cores, no run being shared by both."
+        f"these studies ({len(once)}) together take {hours:.1f} hours on two cores, a run on each."
     )
     for wanted, which in ((True, "the studies of the paper's tables"), (False, "those of questions beyond the paper")):
         if those := [pair for pair in once if of_the_paper(pair[1]) == wanted]:
