@@ -55,7 +55,7 @@ def test_each_study_stands_beside_what_it_was():
         f"means differ by 0.075 bits per byte in the median, most in {ours}; the same order; too fast: 2 of 2 → 1 of 2 diverged",
         *("0, 1 → 3, 4", "a machine (2 cores) → a machine (2 cores)", "1.50", "3.00 |"),
     ]
-    assert "All these studies (1) together take 0.8 hours on two cores, no run" in section
+    assert "All these studies (1) together take 0.8 hours on two cores, a run on each" in section
     assert "those of questions beyond the paper that are listed here (1) would take about 1.5 hours" in section
     assert "No repeat is kept of `other` so far." in section
     assert section.endswith("No repeat is kept of `large`, which are for a GPU: their headers say what they cost.")
